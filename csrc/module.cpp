@@ -1,0 +1,129 @@
+// fastkd._C: the row ops over raw addresses. Needs no torch; fastkd/rows_cpu.py is the only caller.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "pointwise.h"
+#include "rows.h"
+
+namespace py = pybind11;
+using namespace fastkd;
+
+namespace {
+
+std::vector<const Kernels*> supported() {
+  std::vector<const Kernels*> found;
+#ifdef FASTKD_HAS_X86
+  __builtin_cpu_init();
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                  __builtin_cpu_supports("bmi2");
+  if (v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    found.push_back(&avx512::kernels);
+  if (v3) found.push_back(&avx2::kernels);
+#endif
+  found.push_back(&generic::kernels);
+  return found;
+}
+
+const Kernels* active = supported().front();
+
+std::string isa() { return active->name; }
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Kernels* k : supported()) names.push_back(k->name);
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  for (const Kernels* k : supported())
+    if (name == k->name) {
+      active = k;
+      return;
+    }
+  throw std::invalid_argument("isa must be one that this processor has, got '" + name + "'");
+}
+
+// addresses travel as integers, 0 for none
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+using MatrixTuple = std::tuple<uintptr_t, int64_t, int64_t, int>;       // data, stride, width, dtype
+using SourceTuple = std::tuple<MatrixTuple, float, float, uintptr_t>;   // raw, scale, softcap, temperature
+using TermTuple = std::tuple<int, float, float, uintptr_t>;             // kind, a, b, weight
+
+Matrix matrix(const MatrixTuple& m) {
+  return {at<void>(std::get<0>(m)), std::get<1>(m), std::get<2>(m), std::get<3>(m)};
+}
+Source source(const SourceTuple& s) {
+  return {matrix(std::get<0>(s)), std::get<1>(s), std::get<2>(s), at<const float>(std::get<3>(s))};
+}
+
+void divergence(int64_t n, int64_t vocab, SourceTuple s, SourceTuple t, MatrixTuple g, uintptr_t factor,
+                std::vector<TermTuple> terms, bool normalized, uintptr_t labels, uintptr_t label_weight,
+                uintptr_t label_temperature, float label_smoothing, uintptr_t loss, int threads) {
+  std::vector<Term> list;
+  for (auto [kind, a, b, weight] : terms) list.push_back({kind, a, b, at<const float>(weight)});
+  py::gil_scoped_release release;
+  active->divergence({n, vocab, source(s), source(t), matrix(g), at<const float>(factor), list.data(), (int)list.size(),
+                      normalized, at<const int64_t>(labels), at<const float>(label_weight),
+                      at<const float>(label_temperature), label_smoothing, at<float>(loss), threads});
+}
+
+void selected(int64_t n, int64_t vocab, int64_t k, SourceTuple s, MatrixTuple g, uintptr_t ids, uintptr_t cotangent,
+            uintptr_t out, int threads) {
+  py::gil_scoped_release release;
+  active->select({n, vocab, k, source(s), matrix(g), at<const int64_t>(ids), at<const float>(cotangent), at<float>(out), threads});
+}
+
+void stats(int64_t n, int64_t vocab, SourceTuple s, MatrixTuple g, std::tuple<uintptr_t, uintptr_t, uintptr_t> c,
+           std::tuple<uintptr_t, uintptr_t, uintptr_t> out, uintptr_t argmax, int threads) {
+  auto [c0, c1, c2] = c;
+  auto [lse, entropy, top] = out;
+  py::gil_scoped_release release;
+  active->stats({n, vocab, source(s), matrix(g), {at<const float>(c0), at<const float>(c1), at<const float>(c2)},
+                 at<float>(lse), at<float>(entropy), at<float>(top), at<int64_t>(argmax), threads});
+}
+
+void accumulate(uintptr_t acc, uintptr_t part, int dtype, int64_t n, bool first, int threads) {
+  py::gil_scoped_release release;
+  active->accumulate({at<float>(acc), at<const void>(part), dtype, n, first, threads});
+}
+
+double kl_div_sum(uintptr_t x, uintptr_t t, int dtype, int64_t n, bool log_target, int threads) {
+  py::gil_scoped_release release;
+  return active->kl_div_sum({at<const void>(x), at<const void>(t), nullptr, dtype, n, log_target, 0.f, threads});
+}
+
+void kl_div_grad(uintptr_t t, uintptr_t out, int dtype, int64_t n, bool log_target, float scale, int threads) {
+  py::gil_scoped_release release;
+  active->kl_div_grad({nullptr, at<const void>(t), at<void>(out), dtype, n, log_target, scale, threads});
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Row ops of fastkd over raw addresses.";
+  py::dict kinds;
+#define X(name, id) kinds[name] = (int)Kind::id;
+  FASTKD_DIVERGENCES(X)
+#undef X
+  m.attr("KINDS") = kinds;
+  m.def("isa", isa, "The instruction set in use: avx512, avx2 or generic.");
+  m.def("isas", isas, "Those that this processor has, best first.");
+  m.def("set_isa", set_isa, "Use another one that this processor has.");
+  m.def("divergence", divergence);
+  m.def("select", selected);
+  m.def("stats", stats);
+  m.def("accumulate", accumulate);
+  m.def("kl_div_sum", kl_div_sum);
+  m.def("kl_div_grad", kl_div_grad);
+}

@@ -1,0 +1,108 @@
+// Row ops over raw pointers: softmax statistics, divergence and gradient of rows of logits. See fastkd/rows_torch.py.
+#pragma once
+#include <cstdint>
+
+namespace fastkd {
+
+enum Dtype : int { Float32 = 0, BFloat16 = 1, Float16 = 2 };
+
+struct Matrix {
+  void* data;      // [n, width], null where there is none
+  int64_t stride;  // of a row, in elements; the columns are contiguous
+  int64_t width;   // entries from here to the vocabulary count as -inf
+  int dtype;
+};
+
+struct Source {
+  Matrix raw;
+  float scale;               // z = scale * raw
+  float softcap;             // z = softcap * tanh(z / softcap); 0: none
+  const float* temperature;  // [n]
+};
+
+struct Term {
+  int kind;
+  float a, b;
+  const float* weight;  // [n]
+};
+
+struct DivergenceArgs {
+  int64_t n, vocab;
+  Source s, t;          // t.raw.data null: labels alone
+  Matrix g;             // gradient with respect to s.raw, may be s.raw itself; null: none
+  const float* factor;  // [n] multiplies the gradient; 0: loss 0, gradient 0
+  const Term* terms;
+  int term_count;
+  bool normalized;  // false: t holds logs of weights to be used as they are
+  const int64_t* labels;           // [n] or null
+  const float* label_weight;       // [n]
+  const float* label_temperature;  // [n]
+  float label_smoothing;
+  float* loss;  // [n]
+  int threads;
+};
+
+struct SelectArgs {
+  int64_t n, vocab, k;
+  Source s;
+  Matrix g;
+  const int64_t* ids;      // [n, k]
+  const float* cotangent;  // [n, k] or null
+  float* out;              // [n, k]
+  int threads;
+};
+
+struct StatsArgs {
+  int64_t n, vocab;
+  Source s;
+  Matrix g;
+  const float* cotangent[3];  // of lse, entropy, max_log_prob: [n] each, or null
+  float *lse, *entropy, *max_log_prob;
+  int64_t* argmax;
+  int threads;
+};
+
+// acc = part or acc += part, element by element
+struct AccumulateArgs {
+  float* acc;
+  const void* part;
+  int dtype;
+  int64_t n;
+  bool first;
+  int threads;
+};
+
+// sum of t (log t - x) over n entries, or its gradient -t * scale with respect to x written to out
+struct KLDivArgs {
+  const void *x, *t;
+  void* out;
+  int dtype;
+  int64_t n;
+  bool log_target;
+  float scale;
+  int threads;
+};
+
+struct Kernels {
+  const char* name;
+  void (*divergence)(const DivergenceArgs&);
+  void (*select)(const SelectArgs&);
+  void (*stats)(const StatsArgs&);
+  void (*accumulate)(const AccumulateArgs&);
+  double (*kl_div_sum)(const KLDivArgs&);
+  void (*kl_div_grad)(const KLDivArgs&);
+};
+
+namespace generic {
+extern const Kernels kernels;
+}
+#ifdef FASTKD_HAS_X86
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+}  // namespace fastkd

@@ -1,0 +1,25 @@
+"""fastkd: distillation losses without ever materialising the logits."""
+
+from fastkd import divergences, nn, reference, targets, testing
+from fastkd.backends import use_backend
+from fastkd.kl import kl_div
+from fastkd.losses import kd_loss
+from fastkd.primitives import TokenStats, selected_log_probs, token_stats
+from fastkd.sources import Head, Labels
+
+__version__ = "0.1.0"
+__all__ = [
+    "Head",
+    "Labels",
+    "TokenStats",
+    "divergences",
+    "kd_loss",
+    "kl_div",
+    "nn",
+    "reference",
+    "selected_log_probs",
+    "targets",
+    "testing",
+    "token_stats",
+    "use_backend",
+]

@@ -1,0 +1,67 @@
+"""Checks of arguments; each error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_tensor(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    return value
+
+
+def is_float(name: str, value: Any) -> Tensor:
+    if is_tensor(name, value).dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+    return value
+
+
+def is_index(name: str, value: Any) -> Tensor:
+    if is_tensor(name, value).dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be int64 or int32, got {value.dtype}")
+    return value
+
+
+def has_shape(name: str, value: Tensor, shape: tuple[int, ...], why: str = "") -> None:
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {list(shape)}{why}, got {list(value.shape)}")
+
+
+def same_device(**tensors: Tensor | None) -> None:
+    given = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(given.values())) > 1:
+        raise ValueError("all tensors must be on one device, got " + ", ".join(f"{n} on {d}" for n, d in given.items()))
+
+
+def is_one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
+
+
+def finite_number(name: str, value: Any, *, above: float = -math.inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (math.isfinite(value) and value > above):
+        raise ValueError(f"{name} must be finite{f' and above {above:g}' if above > -math.inf else ''}, got {value}")
+    return float(value)
+
+
+def readable(*tensors: Tensor | None) -> bool:
+    """Can values be looked at: real memory on the CPU (elsewhere a look would wait for the device)?"""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return all(t is None or (t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter)) for t in tensors)
+
+
+def all_values(name: str, expected: str, value: Tensor, good: Tensor) -> None:
+    """Every entry of ``value`` must be ``good``; the error shows the first that is not."""
+    if not bool(good.all()):
+        bad = (~good).nonzero()[0].tolist()
+        raise ValueError(f"{name} must be {expected}, got {value[tuple(bad)].item()} at index {bad}")

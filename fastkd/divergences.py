@@ -1,0 +1,418 @@
+"""Divergences between a teacher p and a student q, each a sum over the vocabulary of a pointwise phi(log p, log q).
+
+With ``h = d phi / d log q`` the gradient with respect to the student's softened logits s is
+``dL/ds_j = h_j - q_j * sum_i h_i``, so phi and h are all that a divergence is. Divergences add and scale::
+
+    0.5 * ForwardKL() + 0.5 * ReverseKL()
+    weights * JensenShannon(0.3)                 # weights [...]: one factor per token
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+__all__ = [
+    "AlphaBeta",
+    "ChiSquare",
+    "CrossEntropy",
+    "Divergence",
+    "ForwardKL",
+    "JensenShannon",
+    "NeymanChiSquare",
+    "ReverseCrossEntropy",
+    "ReverseKL",
+    "SkewKL",
+    "SkewReverseKL",
+    "SquaredHellinger",
+    "TotalVariation",
+    "WeightedSum",
+    "get",
+    "register",
+]
+
+REGISTRY: dict[str, type[Divergence]] = {}
+
+
+def _times(p: Tensor, x: Tensor) -> Tensor:
+    """p * x with 0 * anything = 0 (a NaN in p stays)."""
+    return p * torch.where(p == 0, 0.0, x)
+
+
+def _both(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Outcomes that neither distribution has: their mask, and log-probabilities that are 0 there instead of -inf."""
+    neither = torch.isneginf(log_p) & torch.isneginf(log_q)
+    return neither, log_p.masked_fill(neither, 0.0), log_q.masked_fill(neither, 0.0)
+
+
+def _log_mix(w: float, log_a: Tensor, log_b: Tensor) -> Tensor:
+    """log(w a + (1 - w) b)"""
+    return torch.logaddexp(log_a + math.log(w), log_b + math.log1p(-w))
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """One divergence. ``phi`` and ``h`` take log p and log q of any shape and work elementwise.
+
+    ``exchanged`` is the divergence with the roles of p and q exchanged; it gives the gradient to the teacher.
+    ``rows_nonnegative`` tells tests whether the sum over a row of two distributions is never negative.
+    """
+
+    name: ClassVar[str] = ""
+    rows_nonnegative: ClassVar[bool] = True
+
+    def phi(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def h(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def exchanged(self) -> Divergence:
+        raise NotImplementedError(f"{type(self).__name__} defines no exchanged divergence: detach the teacher")
+
+    @property
+    def params(self) -> tuple[float, ...]:
+        return astuple(self)
+
+    @property
+    def terms(self) -> tuple[tuple[float | Tensor, Divergence], ...]:
+        return ((1.0, self),)
+
+    def __add__(self, other: Divergence) -> WeightedSum:
+        if not isinstance(other, Divergence):
+            return NotImplemented
+        return WeightedSum(self.terms + other.terms)
+
+    def __mul__(self, weight: float | Tensor) -> WeightedSum:
+        if not isinstance(weight, (int, float, Tensor)):
+            return NotImplemented
+        return WeightedSum(tuple((weight * w, d) for w, d in self.terms))
+
+    __rmul__ = __mul__
+    # so that numpy scalars and arrays do not try to distribute themselves over us
+    __array_ufunc__ = None
+
+
+# torch.Tensor.__mul__ tries to convert us first; this makes `tensor * divergence` reach __rmul__
+Divergence.__torch_function__ = classmethod(lambda cls, func, types, args=(), kwargs=None: NotImplemented)  # type: ignore[attr-defined]
+
+
+def register(cls: type[Divergence]) -> type[Divergence]:
+    """Make a divergence known by its ``name`` to :func:`get`, to torch.compile and to the backends' tables."""
+    if not cls.name or cls.name in REGISTRY:
+        raise ValueError(f"a divergence needs a name of its own, got {cls.name!r}; taken: {sorted(REGISTRY)}")
+    REGISTRY[cls.name] = cls
+    _pytree.register_constant(cls)
+    return cls
+
+
+@register
+@dataclass(frozen=True)
+class ForwardKL(Divergence):
+    """KL(p || q) = sum p (log p - log q): mode covering, what ``F.kl_div`` computes."""
+
+    name = "forward_kl"
+
+    def phi(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return _times(log_p.exp(), log_p - log_q)
+
+    def h(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return -log_p.exp()
+
+    @property
+    def exchanged(self) -> Divergence:
+        return ReverseKL()
+
+
+@register
+@dataclass(frozen=True)
+class ReverseKL(Divergence):
+    """KL(q || p) = sum q (log q - log p): mode seeking (MiniLLM, on-policy distillation)."""
+
+    name = "reverse_kl"
+
+    def phi(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return _times(log_q.exp(), log_q - log_p)
+
+    def h(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return _times(log_q.exp(), log_q - log_p + 1)
+
+    @property
+    def exchanged(self) -> Divergence:
+        return ForwardKL()
+
+
+def _open_unit(name: str, value: float, at_zero: str, at_one: str) -> None:
+    if not 0 < value < 1:
+        raise ValueError(f"{name} must lie strictly between 0 and 1, got {value}; for 0 use {at_zero}, for 1 {at_one}")
+
+
+@register
+@dataclass(frozen=True)
+class JensenShannon(Divergence):
+    """Generalised Jensen-Shannon: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (GKD).
+
+    TRL and Liger read beta = 0 as forward and beta = 1 as reverse KL; here those are ForwardKL and ReverseKL.
+    """
+
+    beta: float = 0.5
+    name = "jensen_shannon"
+
+    def __post_init__(self) -> None:
+        _open_unit("beta", self.beta, "ForwardKL()", "ReverseKL()")
+
+    def phi(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        neither, log_p, log_q = _both(log_p, log_q)
+        log_m = _log_mix(self.beta, log_p, log_q)
+        left = self.beta * _times(log_p.exp(), log_p - log_m)
+        return (left + (1 - self.beta) * _times(log_q.exp(), log_q - log_m)).masked_fill(neither, 0.0)
+
+    def h(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        neither, log_p, log_q = _both(log_p, log_q)
+        log_m = _log_mix(self.beta, log_p, log_q)
+        return ((1 - self.beta) * _times(log_q.exp(), log_q - log_m)).masked_fill(neither, 0.0)
+
+    @property
+    def exchanged(self) -> Divergence:
+        return JensenShannon(1 - self.beta)
+
+
+@register
+@dataclass(frozen=True)
+class SkewKL(Divergence):
+    """KL(p || alpha p + (1 - alpha) q) (DistiLLM); alpha = 0.1 there."""
+
+    alpha: float = 0.1
+    name = "skew_kl"
+
+    def __post_init__(self) -> None:
+        _open_unit("alpha", self.alpha, "ForwardKL()", "nothing: it is 0")
+
+    def phi(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        neither, log_p, log_q = _both(log_p, log_q)
+        return _times(log_p.exp(), log_p - _log_mix(self.alpha, log_p, log_q)).masked_fill(neither, 0.0)
+
+    def h(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        neither, log_p, log_q = _both(log_p, log_q)
+        ratio = (log_q - _log_mix(self.alpha, log_p, log_q)).exp()
+        return (-(1 - self.alpha) * log_p.exp() * ratio).masked_fill(neither, 0.0)
+
+    @property
+    def exchanged(self) -> Divergence:
+        return SkewReverseKL(self.alpha)
+
+
+@register
+@dataclass(frozen=True)
+class SkewReverseKL(Divergence):
+    """KL(q || alpha q + (1 - alpha) p) (DistiLLM); alpha = 0.1 there."""
+
+    alpha: float = 0.1
+    name = "skew_reverse_kl"
+
+    def __post_init__(self) -> None:
+        _open_unit("alpha", self.alpha, "ReverseKL()", "nothing: it is 0")
+
+    def phi(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        neither, log_p, log_q = _both(log_p, log_q)
+        return _times(log_q.exp(), log_q - _log_mix(self.alpha, log_q, log_p)).masked_fill(neither, 0.0)
+
+    def h(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        neither, log_p, log_q = _both(log_p, log_q)
+        d = log_q - _log_mix(self.alpha, log_q, log_p)
+        return _times(log_q.exp(), d + 1 - self.alpha * d.exp()).masked_fill(neither, 0.0)
+
+    @property
+    def exchanged(self) -> Divergence:
+        return SkewKL(self.alpha)
+
+
+@register
+@dataclass(frozen=True)
+class TotalVariation(Divergence):
+    """sum abs(p - q) / 2. Its gradient is 0 where p = q."""
+
+    name = "total_variation"
+
+    def phi(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return (log_p.exp() - log_q.exp()).abs() / 2
+
+    def h(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return -(log_p.exp() - log_q.exp()).sign() * log_q.exp() / 2
+
+    @property
+    def exchanged(self) -> Divergence:
+        return self
+
+
+@register
+@dataclass(frozen=True)
+class SquaredHellinger(Divergence):
+    """sum (sqrt p - sqrt q)^2 / 2."""
+
+    name = "squared_hellinger"
+
+    def phi(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return ((log_p / 2).exp() - (log_q / 2).exp()).square() / 2
+
+    def h(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return (log_q / 2).exp() * ((log_q / 2).exp() - (log_p / 2).exp()) / 2
+
+    @property
+    def exchanged(self) -> Divergence:
+        return self
+
+
+@register
+@dataclass(frozen=True)
+class ChiSquare(Divergence):
+    """Pearson: sum (p - q)^2 / q."""
+
+    name = "chi_square"
+
+    def phi(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        neither, log_p, log_q = _both(log_p, log_q)
+        return ((log_p.exp() - log_q.exp()) * ((log_p - log_q).exp() - 1)).masked_fill(neither, 0.0)
+
+    def h(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        neither, log_p, log_q = _both(log_p, log_q)
+        return (log_q.exp() - _times(log_p.exp(), (log_p - log_q).exp())).masked_fill(neither, 0.0)
+
+    @property
+    def exchanged(self) -> Divergence:
+        return NeymanChiSquare()
+
+
+@register
+@dataclass(frozen=True)
+class NeymanChiSquare(Divergence):
+    """Neyman: sum (p - q)^2 / p, chi_square with the roles exchanged."""
+
+    name = "neyman_chi_square"
+
+    def phi(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return ChiSquare().phi(log_q, log_p)
+
+    def h(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        neither, log_p, log_q = _both(log_p, log_q)
+        return _times(log_q.exp(), 2 * (log_q - log_p).exp() - 2).masked_fill(neither, 0.0)
+
+    @property
+    def exchanged(self) -> Divergence:
+        return ChiSquare()
+
+
+@register
+@dataclass(frozen=True)
+class AlphaBeta(Divergence):
+    """-sum (p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)) / (a b), with a, b and a + b not 0 (Cichocki et al., 2011)."""
+
+    a: float
+    b: float
+    name = "alpha_beta"
+
+    def __post_init__(self) -> None:
+        if 0 in (self.a, self.b, self.a + self.b) or not all(map(math.isfinite, (self.a, self.b))):
+            raise ValueError(f"a, b and a + b must be finite and not 0, got a={self.a}, b={self.b}")
+
+    def phi(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        a, b, c = self.a, self.b, self.a + self.b
+        neither, log_p, log_q = _both(log_p, log_q)
+        cross = (a * log_p + b * log_q).exp()
+        own = a / c * (c * log_p).exp() + b / c * (c * log_q).exp()
+        return ((own - cross) / (a * b)).masked_fill(neither, 0.0)
+
+    def h(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        a, b, c = self.a, self.b, self.a + self.b
+        neither, log_p, log_q = _both(log_p, log_q)
+        return (((c * log_q).exp() - (a * log_p + b * log_q).exp()) / a).masked_fill(neither, 0.0)
+
+    @property
+    def exchanged(self) -> Divergence:
+        return AlphaBeta(self.b, self.a)
+
+
+@register
+@dataclass(frozen=True)
+class CrossEntropy(Divergence):
+    """-sum p log q: forward KL plus the teacher's entropy; the same gradient to the student."""
+
+    name = "cross_entropy"
+
+    def phi(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return _times(log_p.exp(), -log_q)
+
+    def h(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return -log_p.exp()
+
+    @property
+    def exchanged(self) -> Divergence:
+        return ReverseCrossEntropy()
+
+
+@register
+@dataclass(frozen=True)
+class ReverseCrossEntropy(Divergence):
+    """-sum q log p: reverse KL plus the student's entropy."""
+
+    name = "reverse_cross_entropy"
+
+    def phi(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return _times(log_q.exp(), -log_p)
+
+    def h(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return _times(log_q.exp(), -log_p)
+
+    @property
+    def exchanged(self) -> Divergence:
+        return CrossEntropy()
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedSum(Divergence):
+    """w1 D1 + w2 D2 + ...; a weight is a float or a tensor [...] with one factor per token."""
+
+    parts: tuple[tuple[float | Tensor, Divergence], ...]
+    name = "weighted_sum"
+
+    @property
+    def terms(self) -> tuple[tuple[float | Tensor, Divergence], ...]:
+        return self.parts
+
+    def _sum(self, method: str, log_p: Tensor, log_q: Tensor) -> Tensor:
+        total = torch.zeros_like(log_p)
+        for weight, divergence in self.parts:
+            w = weight.unsqueeze(-1) if isinstance(weight, Tensor) and weight.dim() else weight
+            total = total + w * getattr(divergence, method)(log_p, log_q)
+        return total
+
+    def phi(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return self._sum("phi", log_p, log_q)
+
+    def h(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return self._sum("h", log_p, log_q)
+
+
+_pytree.register_dataclass(WeightedSum)
+
+
+def get(divergence: str | Divergence) -> Divergence:
+    """A divergence by name (with its default parameters), or the object itself."""
+    if isinstance(divergence, Divergence):
+        return divergence
+    if not isinstance(divergence, str):
+        raise TypeError(
+            f"divergence must be a name or a fastkd.divergences.Divergence, got {type(divergence).__name__}"
+        )
+    if divergence not in REGISTRY:
+        raise ValueError(f"divergence must be one of {sorted(REGISTRY)} or an object, got {divergence!r}")
+    try:
+        return REGISTRY[divergence]()
+    except TypeError:
+        raise ValueError(f"divergence {divergence!r} has parameters without a default: pass an object") from None

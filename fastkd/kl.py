@@ -1,0 +1,117 @@
+"""The drop-in for torch.nn.functional.kl_div."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkd import checks, rows_cpu
+from fastkd.backends import extension
+
+__all__ = ["kl_div"]
+
+
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    """Pointwise KL divergence, with the signature, semantics, warnings and errors of ``torch.nn.functional.kl_div``::
+
+        target * (target.log() - input)          # log_target=False; 0 where target is 0
+        target.exp() * (target - input)          # log_target=True; 0 where target is -inf
+
+    reduced by "none", "sum", "mean" (over all elements: rarely what you want) or "batchmean" (by ``input.size(0)``).
+
+    On the CPU a reduced float32, bfloat16 or float16 loss is summed in one pass, in float32, without the array of terms;
+    every other call is torch's own. Gradients reach ``input`` and ``target``; double backward, forward mode, vmap and
+    torch.compile work as in torch. One value differs: a log-target of -inf counts 0, where torch gives NaN.
+
+    Args:
+        input: log-probabilities [...].
+        target: probabilities (or their logs) of a shape that broadcasts with input's.
+        size_average, reduce: deprecated in torch; honoured, with its warning.
+        reduction, log_target: see above.
+
+    Raises:
+        What ``F.kl_div`` raises.
+    """
+    if not _fits(input, target):
+        return F.kl_div(input, target, size_average, reduce, reduction, log_target)
+    if size_average is not None or reduce is not None:
+        reduction = F._Reduction.legacy_get_string(size_average, reduce)  # type: ignore[attr-defined]
+    divisor = {"sum": 1, "mean": input.numel(), "batchmean": input.shape[0] if input.dim() else 1}.get(reduction)
+    if not divisor or (reduction == "batchmean" and input.dim() == 0):
+        return F.kl_div(input, target, reduction=reduction, log_target=log_target)
+    if reduction == "mean":
+        warnings.warn(
+            "reduction: 'mean' divides the total loss by both the batch size and the support size."
+            "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
+            "'mean' will be changed to behave the same as 'batchmean' in the next major release.",
+            stacklevel=2,
+        )
+    return _KLDiv.apply(input, target, 1 / divisor, log_target)
+
+
+def _fits(x: Any, t: Any) -> bool:
+    """Is this a call that the one-pass kernel serves?"""
+    if not isinstance(x, Tensor) or not isinstance(t, Tensor) or not checks.readable(x, t) or extension()[0] is None:
+        return False
+    if x.shape != t.shape or x.dtype != t.dtype or x.dtype not in rows_cpu._DTYPES or not x.numel():
+        return False
+    level = torch.autograd.forward_ad._current_level
+    return level < 0  # inside a dual level there may be tangents, which torch's own ops carry
+
+
+class _KLDiv(torch.autograd.Function):
+    """sum of the terms times scale"""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, t: Tensor, scale: float, log_target: bool) -> Tensor:
+        ctx.save_for_backward(x, t)
+        ctx.scale, ctx.log_target = scale, log_target
+        xs, ts = _aligned(x, t)
+        total = extension()[0].kl_div_sum(  # type: ignore[union-attr]
+            *(xs.data_ptr(), ts.data_ptr(), rows_cpu._DTYPES[x.dtype], x.numel(), log_target, torch.get_num_threads())
+        )
+        return torch.tensor(total * scale, dtype=x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, t = ctx.saved_tensors
+        dx = dt = None
+        if ctx.needs_input_grad[0]:
+            # differentiable once more where someone asks for it
+            dx = _grad_input(t, g, ctx) if not torch.is_grad_enabled() else (t.exp() if ctx.log_target else t) * (-g * ctx.scale)
+        if ctx.needs_input_grad[1]:
+            c = g * ctx.scale
+            if ctx.log_target:
+                p = t.exp()
+                dt = torch.where(p == 0, 0.0, p * (t + 1 - x)) * c
+            else:
+                dt = (t.log() + 1 - x) * c
+        return dx, dt, None, None
+
+
+def _aligned(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The same elements in the same order in memory."""
+    if x.stride() == t.stride() and x.is_non_overlapping_and_dense():
+        return x, t
+    return x.contiguous(), t.contiguous()
+
+
+def _grad_input(t: Tensor, g: Tensor, ctx: Any) -> Tensor:
+    t = t if t.is_non_overlapping_and_dense() else t.contiguous()
+    out = torch.empty_like(t)
+    scale, threads = float(g) * ctx.scale, torch.get_num_threads()
+    extension()[0].kl_div_grad(  # type: ignore[union-attr]
+        *(t.data_ptr(), out.data_ptr(), rows_cpu._DTYPES[t.dtype], t.numel(), ctx.log_target, scale, threads)
+    )
+    return out

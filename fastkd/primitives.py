@@ -1,0 +1,109 @@
+"""Building blocks: what a head's softmax says about each token, without the logits."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd import checks
+from fastkd.fused import apply
+from fastkd.losses import _Dense, _PerToken
+from fastkd.problem import Select, Stats, accumulation
+from fastkd.sources import Head
+
+__all__ = ["TokenStats", "selected_log_probs", "token_stats"]
+
+
+class TokenStats(NamedTuple):
+    """Each [...]. ``lse`` is the log-sum-exp of the logits over the temperature, entropy in nats."""
+
+    lse: Tensor
+    entropy: Tensor
+    max_log_prob: Tensor
+    argmax: Tensor
+
+
+def token_stats(
+    source: Tensor | Head,
+    *,
+    temperature: float | Tensor = 1.0,
+    chunk_tokens: int | None = None,
+    backend: str | None = None,
+) -> TokenStats:
+    """Log-sum-exp, entropy, largest log-probability and its index for each token. In plain PyTorch::
+
+        log_q = F.log_softmax(F.linear(hidden, weight).float() / temperature, -1)
+        lse = torch.logsumexp(F.linear(hidden, weight).float() / temperature, -1)
+        entropy = -(log_q.exp() * log_q).sum(-1)
+        max_log_prob, argmax = log_q.max(-1)
+
+    Args:
+        source: logits [..., V] or a :class:`~fastkd.Head`.
+        temperature: a float or [...] above 0.
+        chunk_tokens, backend: as in :func:`fastkd.kd_loss`.
+
+    Returns:
+        :class:`TokenStats`: float32 (float64 for float64) and int64. All but ``argmax`` are differentiable.
+    """
+    kwargs = locals()
+    return TokenStats(*(_stats_traced(**kwargs) if torch.compiler.is_compiling() else _token_stats(**kwargs)))
+
+
+def _token_stats(
+    source: Tensor | Head, temperature: float | Tensor, chunk_tokens: int | None, backend: str | None
+) -> tuple[Tensor, ...]:
+    s = _Dense("source", source)
+    size, tensors = _normal_form(s, temperature)
+    spec = Stats("", chunk_tokens, s.side, s.vocab)
+    return tuple(x.reshape(s.lead) for x in apply(spec, tensors, backend))
+
+
+def selected_log_probs(
+    source: Tensor | Head,
+    ids: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    chunk_tokens: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Log-probabilities of listed entries. In plain PyTorch::
+
+        F.log_softmax(F.linear(hidden, weight).float() / temperature, -1).gather(-1, ids)
+
+    Args:
+        source: logits [..., V] or a :class:`~fastkd.Head`.
+        ids: [..., K] int64 or int32 in [0, V); an id may stand twice.
+        temperature: a float or [...] above 0.
+        chunk_tokens, backend: as in :func:`fastkd.kd_loss`.
+
+    Returns:
+        [..., K], float32 (float64 for float64), differentiable.
+    """
+    kwargs = locals()
+    return _select_traced(**kwargs) if torch.compiler.is_compiling() else _selected_log_probs(**kwargs)
+
+
+def _selected_log_probs(
+    source: Tensor | Head, ids: Tensor, temperature: float | Tensor, chunk_tokens: int | None, backend: str | None
+) -> Tensor:
+    s = _Dense("source", source)
+    checks.is_index("ids", ids)
+    if ids.dim() < 1 or tuple(ids.shape[:-1]) != s.lead:
+        raise ValueError(f"ids must be [..., K] with the source's leading dimensions {list(s.lead)}, got {list(ids.shape)}")
+    checks.same_device(source=s.x, ids=ids)
+    size, tensors = _normal_form(s, temperature)
+    spec = Select("", chunk_tokens, s.side, s.vocab)
+    return apply(spec, (*tensors, ids.reshape(*size, ids.shape[-1])), backend)[0].reshape(ids.shape)
+
+
+def _normal_form(s: _Dense, temperature: float | Tensor) -> tuple[tuple[int, int], tuple[Tensor | None, ...]]:
+    size = (math.prod(s.lead[:-1]), s.lead[-1]) if s.batch else (1, math.prod(s.lead))
+    row = _PerToken(s.lead, size, accumulation(s.x.dtype), s.x.device)
+    return size, (*s.tensors(size, s.batch), row("temperature", temperature, above=0.0))
+
+
+_stats_traced = torch._dynamo.nonstrict_trace(_token_stats)
+_select_traced = torch._dynamo.nonstrict_trace(_selected_log_probs)

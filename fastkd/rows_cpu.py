@@ -1,0 +1,104 @@
+"""Row ops in C++ (csrc/rows.cpp): the contract of rows_torch, over raw addresses, on torch's number of threads."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fastkd.backends import extension
+from fastkd.problem import Side
+from fastkd.rows_torch import Rows
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_NOTHING = (0, 0, 0, 0)
+
+
+@cache
+def kinds() -> dict[str, int]:
+    """The divergences that the C++ table has."""
+    module = extension()[0]
+    return {} if module is None else dict(module.KINDS)
+
+
+def _matrix(x: Tensor | None) -> tuple[int, int, int, int]:
+    """address, row stride, width, dtype; the columns of x [n, V] are contiguous"""
+    return _NOTHING if x is None else (x.data_ptr(), x.stride(0), x.shape[1], _DTYPES[x.dtype])
+
+
+def _floats(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.float32).contiguous()
+
+
+def _at(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def divergence(s: Tensor, t: Tensor | None, g: Tensor | None, a: Rows) -> Tensor:
+    """s [n, V_s], t [n, V_t] raw -> loss [n]; writes factor * dloss/ds into g [n, V_s], which may be s itself."""
+    loss = torch.empty(s.shape[0], dtype=torch.float32)
+    factor, ts, tt, weights = map(_floats, (a.factor, a.s_temperature, a.t_temperature, a.term_weights))
+    label_weight, label_temperature = _floats(a.label_weight), _floats(a.label_temperature)
+    labels = None if a.labels is None else a.labels.to(torch.int64).contiguous()
+    terms = []
+    for d, w in zip(a.divergences, () if weights is None else weights, strict=True):
+        p = (*d.params, 0.0, 0.0)
+        terms.append((kinds()[d.name], p[0], p[1], w.data_ptr()))
+    extension()[0].divergence(  # type: ignore[union-attr]
+        s.shape[0],
+        a.vocab,
+        (_matrix(s), a.student.logit_scale, a.student.softcap or 0.0, _at(ts)),
+        (_matrix(t), a.teacher.logit_scale, a.teacher.softcap or 0.0, _at(tt)),
+        _matrix(g),
+        _at(factor),
+        terms,
+        a.normalized,
+        _at(labels),
+        _at(label_weight),
+        _at(label_temperature),
+        a.label_smoothing,
+        loss.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return loss
+
+
+def select(
+    s: Tensor, g: Tensor | None, side: Side, vocab: int, temperature: Tensor, ids: Tensor, cotangent: Tensor | None
+) -> Tensor:
+    """log q at ids [n, K]; with cotangents [n, K] the gradient into g [n, V]."""
+    out = torch.empty(ids.shape, dtype=torch.float32)
+    ids, t, c = ids.to(torch.int64).contiguous(), _floats(temperature), _floats(cotangent)
+    source = (_matrix(s), side.logit_scale, side.softcap or 0.0, _at(t))
+    extension()[0].select(  # type: ignore[union-attr]
+        *(s.shape[0], vocab, ids.shape[1], source, _matrix(g), _at(ids), _at(c), out.data_ptr(), torch.get_num_threads())
+    )
+    return out
+
+
+def stats(
+    s: Tensor, g: Tensor | None, side: Side, vocab: int, temperature: Tensor, cotangents: tuple[Tensor, ...] | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """lse, entropy, max_log_prob, argmax; with cotangents [n] of the first three the gradient into g [n, V]."""
+    n = s.shape[0]
+    out, argmax = torch.empty(3, n, dtype=torch.float32), torch.empty(n, dtype=torch.int64)
+    t, given = _floats(temperature), [_floats(c) for c in cotangents or (None, None, None)]
+    extension()[0].stats(  # type: ignore[union-attr]
+        n,
+        vocab,
+        (_matrix(s), side.logit_scale, side.softcap or 0.0, _at(t)),
+        _matrix(g),
+        tuple(map(_at, given)),
+        tuple(map(_at, out)),
+        argmax.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out[0], out[1], out[2], argmax
+
+
+def accumulate(acc: Tensor, part: Tensor, first: bool) -> None:
+    """acc = part, or acc += part, where acc is float32 and part bfloat16 or float16; both contiguous."""
+    extension()[0].accumulate(  # type: ignore[union-attr]
+        *(acc.data_ptr(), part.data_ptr(), _DTYPES[part.dtype], part.numel(), first, torch.get_num_threads())
+    )
