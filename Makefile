@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 BUILD_TOOLS := 'setuptools>=77' wheel 'pybind11>=2.12' ninja build
 
-.PHONY: help demo test bench lint wheel clean
+.PHONY: help demo test bench goals lint wheel clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -21,6 +21,9 @@ test: $(VENV)/test.stamp $(VENV)/extension.stamp  ## run the tests (ARGS=... are
 
 bench: $(VENV)/bench.stamp $(VENV)/extension.stamp  ## run the benchmarks (ARGS=... are pytest's options)
 	$(PY) -m pytest bench $(ARGS)
+
+goals: $(VENV)/bench.stamp $(VENV)/extension.stamp  ## measure the table of goals and renew it in README.md (quiet machine, 10 minutes)
+	$(PY) bench/goals.py $(ARGS)
 
 lint: $(VENV)/lint.stamp  ## ruff and mypy
 	$(PY) -m ruff check .

@@ -2,6 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -108,6 +112,14 @@ void kl_div_grad(uintptr_t t, uintptr_t out, int dtype, int64_t n, bool log_targ
   active->kl_div_grad({nullptr, at<const void>(t), at<void>(out), dtype, n, log_target, scale, threads});
 }
 
+// Asks for huge pages, before the first touch, for what lies within [address, address + bytes) and is worth it.
+void advise_huge(uintptr_t address, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t page = 4096, start = (address + page - 1) / page * page;
+  if (bytes >= (8 << 20)) madvise(at<void>(start), (address + bytes - start) / page * page, MADV_HUGEPAGE);
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -126,4 +138,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("accumulate", accumulate);
   m.def("kl_div_sum", kl_div_sum);
   m.def("kl_div_grad", kl_div_grad);
+  m.def("advise_huge", advise_huge);
 }

@@ -73,12 +73,13 @@ void store(void* data, int dtype, int64_t offset, int64_t n, const float* x) {
   }
 }
 
-// z[0..n) = effective logits of columns [v, v + n) of a row
-void load_logits(const Source& src, int64_t row, int64_t v, int64_t n, float* z) {
+// effective logits of columns [v, v + n) of a row: in z, or the logits themselves where nothing is to be done
+const float* load_logits(const Source& src, int64_t row, int64_t v, int64_t n, float* z) {
   const Matrix& m = src.raw;
   const int64_t own = v >= m.width ? 0 : smaller(n, m.width - v);
-  load(m.data, m.dtype, row * m.stride + v, own, z);
   const float scale = src.scale, cap = src.softcap;
+  if (m.dtype == Float32 && own == n && scale == 1.f && cap == 0.f) return (const float*)m.data + row * m.stride + v;
+  load(m.data, m.dtype, row * m.stride + v, own, z);
   if (cap != 0.f) {
     const float inner = scale / cap;
 #pragma omp simd
@@ -88,10 +89,12 @@ void load_logits(const Source& src, int64_t row, int64_t v, int64_t n, float* z)
     for (int64_t i = 0; i < own; i++) z[i] *= scale;
   }
   for (int64_t i = own; i < n; i++) z[i] = -INF;
+  return z;
 }
 
 // writes g * dz/draw * factor for the columns that the matrix has
-void store_gradient(const Matrix& g, const Source& src, float factor, int64_t row, int64_t v, int64_t n, const float* z, float* grad) {
+void store_gradient(const Matrix& g, const Source& src, float factor, int64_t row, int64_t v, int64_t n, const float* z,
+                    float* grad) {
   n = v >= g.width ? 0 : smaller(n, g.width - v);
   const float f = factor * src.scale, cap = src.softcap;
   if (cap != 0.f) {
@@ -113,18 +116,20 @@ void zero_gradient(const Matrix& g, int64_t row) {
   __builtin_memset((char*)g.data + row * g.stride * size, 0, g.width * size);
 }
 
-float largest(const Source& src, int64_t row, int64_t vocab, float* z) {
+float largest(const Source& src, int64_t row, int64_t vocab, float* tile) {
   float top = -INF;
   for (int64_t v = 0; v < vocab; v += TILE) {
     const int64_t n = smaller(TILE, vocab - v);
-    load_logits(src, row, v, n, z);
+    const float* z = load_logits(src, row, v, n, tile);
 #pragma omp simd reduction(max : top)
     for (int64_t i = 0; i < n; i++) top = z[i] > top ? z[i] : top;
   }
   return top;
 }
 
-// A row's softmax: x = (z - top) * inv, e^x / sum
+constexpr float LOG2E = 1.44269504088896341f;
+
+// A row's softmax: x = (z - top) * inv, probability e^x / sum
 struct Softmax {
   float top, inv;
   double sum;
@@ -132,30 +137,64 @@ struct Softmax {
   float scale() const { return (float)(1.0 / sum); }
 };
 
+Softmax softmax_of(const Source& src, int64_t row, int64_t vocab, float* tile) {
+  return {largest(src, row, vocab, tile), 1.f / src.temperature[row], 0};
+}
+
+// Each thread's memory: tiles, and e^x of a row of the student and of the teacher [vocab]
 struct Scratch {
   float zs[TILE], zt[TILE], grad[TILE];
+  float *es, *et;
+  explicit Scratch(int64_t vocab) : es((float*)std::malloc(2 * vocab * sizeof(float))), et(es + vocab) {}
+  ~Scratch() { std::free(es); }
+  Scratch(const Scratch&) = delete;
 };
 
-// ---- forward and reverse KL, cross-entropy: closed forms in two passes after the maximum ----
+// e[0..vocab) = e^x and its sum
+void exponentials(const Source& src, int64_t row, int64_t vocab, Softmax& s, float* tile, float* e) {
+  double sum = 0;
+  const float top = s.top, inv = s.inv * LOG2E;
+  for (int64_t v = 0; v < vocab; v += TILE) {
+    const int64_t n = smaller(TILE, vocab - v);
+    const float* z = load_logits(src, row, v, n, tile);
+    float* out = e + v;
+    float part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = 0; i < n; i++) {
+      out[i] = fastkd_exp2((z[i] - top) * inv);
+      part += out[i];
+    }
+    sum += part;
+  }
+  s.sum = sum;
+}
 
-template <Kind K>
-double closed_sums(const DivergenceArgs& a, int64_t r, Softmax& s, Softmax& t, Scratch& w) {
+// Both softmaxes: e^x in es, e^y in et (reverse KL: x - y), their sums; and for the closed forms the sum of the
+// divergence's terms without the logarithms of those sums.
+template <Kind K, bool NORMALIZED>
+double both_sums(const DivergenceArgs& a, int64_t r, Softmax& s, Softmax& t, Scratch& w) {
   double ls = 0, lt = 0, cross = 0;
+  const float ms = s.top, mt = t.top, is = s.inv, it = t.inv;
   for (int64_t v = 0; v < a.vocab; v += TILE) {
     const int64_t n = smaller(TILE, a.vocab - v);
-    load_logits(a.s, r, v, n, w.zs);
-    load_logits(a.t, r, v, n, w.zt);
-    const float ms = s.top, mt = t.top, is = s.inv, it = t.inv;
+    const float *zs = load_logits(a.s, r, v, n, w.zs), *zt = load_logits(a.t, r, v, n, w.zt);
+    float *es = w.es + v, *et = w.et + v;
     float p1 = 0, p2 = 0, p3 = 0;
 #pragma omp simd reduction(+ : p1, p2, p3)
     for (int64_t i = 0; i < n; i++) {
-      const float x = (w.zs[i] - ms) * is, y = (w.zt[i] - mt) * it;
-      const float q = fastkd_exp(x), p = fastkd_exp(y);
+      const float x = (zs[i] - ms) * is, y = (zt[i] - mt) * it;
+      const float q = fastkd_exp2(x * LOG2E), p = NORMALIZED ? fastkd_exp2(y * LOG2E) : fastkd_exp(y);
       p1 += q;
       p2 += p;
-      if constexpr (K == Kind::ForwardKL) p3 += p == 0.f ? 0.f : p * (y - x);
-      if constexpr (K == Kind::ReverseKL) p3 += q == 0.f ? 0.f : q * (x - y);
-      if constexpr (K == Kind::CrossEntropy) p3 += p == 0.f ? 0.f : -p * x;
+      es[i] = q;
+      if constexpr (K == Kind::ReverseKL) {
+        p3 += q == 0.f ? 0.f : q * (x - y);
+        et[i] = x - y;
+      } else {
+        if constexpr (K == Kind::ForwardKL) p3 += p == 0.f ? 0.f : p * (y - x);
+        if constexpr (K == Kind::CrossEntropy) p3 += p == 0.f ? 0.f : -p * x;
+        et[i] = p;
+      }
     }
     ls += p1, lt += p2, cross += p3;
   }
@@ -163,99 +202,45 @@ double closed_sums(const DivergenceArgs& a, int64_t r, Softmax& s, Softmax& t, S
   return cross;
 }
 
+// One divergence on a tile: h[0..n) += weight * h, and the sums of phi and of h.
 template <Kind K>
-void closed_gradient(int64_t n, const Softmax& s, const Softmax& t, float c, double mass, double value, Scratch& w) {
-  const float ms = s.top, mt = t.top, is = s.inv, it = t.inv, rs = s.scale(), rt = t.scale();
-  const float cq = c * rs * (float)mass, cp = c * rt, shift = (float)(value + std::log(s.sum) - std::log(t.sum));
-#pragma omp simd
+void tile_point(const Term& term, float weight, int64_t n, const Softmax& s, const Softmax& t, const float* zs,
+                const float* zt, const float* es, const float* et, float* h, double& loss, double& total) {
+  const float a = term.a, b = term.b, ls = s.log_sum(), lt = t.log_sum(), rs = s.scale(), rt = t.scale();
+  const float ms = s.top, mt = t.top, is = s.inv, it = t.inv;
+  float sum_phi = 0, sum_h = 0;
+#pragma omp simd reduction(+ : sum_phi, sum_h)
   for (int64_t i = 0; i < n; i++) {
-    const float x = (w.zs[i] - ms) * is, y = (w.zt[i] - mt) * it;
-    const float q = fastkd_exp(x);
-    if constexpr (K == Kind::ReverseKL)
-      w.grad[i] = q == 0.f ? 0.f : c * rs * q * (x - y - shift);  // q (log q - log p - KL)
-    else
-      w.grad[i] = cq * q - cp * fastkd_exp(y);  // q sum(p) - p
-  }
-}
-
-// ---- any sum of divergences: h of the row is kept, so that q alone is computed again ----
-
-template <Kind K>
-void tile_point(const Term& term, int64_t n, float weight, const float* lp, const float* lq, const float* p, const float* q,
-                float* h, double& loss, double& total) {
-  const float a = term.a, b = term.b;
-  float l = 0, s = 0;
-#pragma omp simd reduction(+ : l, s)
-  for (int64_t i = 0; i < n; i++) {
-    const Point f = point<K>(lp[i], lq[i], p[i], q[i], a, b);
-    l += f.phi;
-    s += f.h;
+    const Point f = point<K>((zt[i] - mt) * it - lt, (zs[i] - ms) * is - ls, et[i] * rt, es[i] * rs, a, b);
+    sum_phi += f.phi;
+    sum_h += f.h;
     h[i] += weight * f.h;
   }
-  loss += (double)weight * l;
-  total += (double)weight * s;
+  loss += (double)weight * sum_phi;
+  total += (double)weight * sum_h;
 }
 
-void tile_terms(const DivergenceArgs& a, int64_t r, int64_t n, const float* lp, const float* lq, const float* p,
-                const float* q, float* h, double& loss, double& total) {
-  for (int64_t i = 0; i < n; i++) h[i] = 0.f;
-  for (int k = 0; k < a.term_count; k++) {
-    const Term& term = a.terms[k];
-    const float weight = term.weight[r];
-    if (weight == 0.f) continue;
-    switch ((Kind)term.kind) {
-#define X(name, id) \
-  case Kind::id:    \
-    tile_point<Kind::id>(term, n, weight, lp, lq, p, q, h, loss, total); \
-    break;
-      FASTKD_DIVERGENCES(X)
-#undef X
-    }
-  }
-}
-
-void sum_exponentials(const Source& src, int64_t r, int64_t vocab, Softmax& s, float* z) {
-  double sum = 0;
-  for (int64_t v = 0; v < vocab; v += TILE) {
-    const int64_t n = smaller(TILE, vocab - v);
-    load_logits(src, r, v, n, z);
-    const float top = s.top, inv = s.inv;
-    float part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int64_t i = 0; i < n; i++) part += fastkd_exp((z[i] - top) * inv);
-    sum += part;
-  }
-  s.sum = sum;
-}
-
-// writes h [vocab], returns the loss and sum h
-void general_sums(const DivergenceArgs& a, int64_t r, const Softmax& s, const Softmax& t, Scratch& w, float* h, double& loss,
+// Any sum of divergences: h takes the place of e^y in et.
+void general_sums(const DivergenceArgs& a, int64_t r, const Softmax& s, const Softmax& t, Scratch& w, double& loss,
                   double& total) {
-  float p[TILE], q[TILE];
-  const float ls = s.log_sum(), lt = t.log_sum(), rs = s.scale(), rt = t.scale();
-  const float ms = s.top, mt = t.top, is = s.inv, it = t.inv;
   for (int64_t v = 0; v < a.vocab; v += TILE) {
     const int64_t n = smaller(TILE, a.vocab - v);
-    load_logits(a.s, r, v, n, w.zs);
-    load_logits(a.t, r, v, n, w.zt);
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-      const float x = (w.zs[i] - ms) * is, y = (w.zt[i] - mt) * it;
-      q[i] = fastkd_exp(x) * rs;
-      p[i] = fastkd_exp(y) * rt;
-      w.zs[i] = x - ls;
-      w.zt[i] = y - lt;
+    const float *zs = load_logits(a.s, r, v, n, w.zs), *zt = load_logits(a.t, r, v, n, w.zt);
+    __builtin_memset(w.grad, 0, n * sizeof(float));
+    for (int k = 0; k < a.term_count; k++) {
+      const Term& term = a.terms[k];
+      const float weight = term.weight[r];
+      if (weight == 0.f) continue;
+      switch ((Kind)term.kind) {
+#define X(name, id)                                                                                                   \
+  case Kind::id:                                                                                                      \
+    tile_point<Kind::id>(term, weight, n, s, t, zs, zt, w.es + v, w.et + v, w.grad, loss, total);             \
+    break;
+        FASTKD_DIVERGENCES(X)
+#undef X
+      }
     }
-    tile_terms(a, r, n, w.zt, w.zs, p, q, h + v, loss, total);
-  }
-}
-
-void general_gradient(int64_t n, const Softmax& s, float c, double total, const float* h, Scratch& w) {
-  const float ms = s.top, is = s.inv, ch = c * s.scale() * (float)total;
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) {
-    const float q = fastkd_exp((w.zs[i] - ms) * is);
-    w.grad[i] = c * h[i] - (q == 0.f ? 0.f : ch * q);
+    __builtin_memcpy(w.et + v, w.grad, n * sizeof(float));
   }
 }
 
@@ -263,160 +248,181 @@ void general_gradient(int64_t n, const Softmax& s, float c, double total, const 
 
 struct Row {
   Softmax s, t, hard;
-  double loss = 0, total = 0, mass = 1;
+  double loss = 0;
+  float cs = 0, ct = 0, shift = 0;  // gradient: cs * es + ct * et, or for reverse KL cs * es * (et - shift)
 };
 
-Kind closed_kind(const DivergenceArgs& a) {
-  if (a.t.raw.data == nullptr || a.term_count != 1) return Kind::AlphaBeta;
+bool closed(const DivergenceArgs& a) {
+  if (a.term_count != 1) return false;
   const Kind k = (Kind)a.terms[0].kind;
-  return k == Kind::ForwardKL || k == Kind::ReverseKL || k == Kind::CrossEntropy ? k : Kind::AlphaBeta;
+  return k == Kind::ForwardKL || k == Kind::ReverseKL || k == Kind::CrossEntropy;
 }
 
 template <Kind K>
-void closed_loss(const DivergenceArgs& a, int64_t r, Row& row, Scratch& w) {
-  const double cross = closed_sums<K>(a, r, row.s, row.t, w);
-  const double ls = std::log(row.s.sum), lt = std::log(row.t.sum);
-  if (!a.normalized) {  // t is log w: -sum w log q
-    row.mass = row.t.sum, row.t.sum = 1;
-    row.loss = cross + row.mass * ls;
-  } else if (K == Kind::ForwardKL) {
-    row.loss = cross / row.t.sum - lt + ls;
-  } else if (K == Kind::ReverseKL) {
-    row.loss = cross / row.s.sum - ls + lt;
-  } else {
-    row.loss = cross / row.t.sum + ls;
+void closed_row(const DivergenceArgs& a, int64_t r, float weight, Row& row, Scratch& w) {
+  const double cross = a.normalized ? both_sums<K, true>(a, r, row.s, row.t, w) : both_sums<K, false>(a, r, row.s, row.t, w);
+  const float c = weight * row.s.inv;
+  double ls = std::log(row.s.sum), lt = std::log(row.t.sum), loss;
+  if (!a.normalized) {  // t is log w: -sum w log q, gradient q sum(w) - w
+    loss = cross + row.t.sum * ls;
+    row.cs = c * (float)(row.t.sum / row.s.sum), row.ct = -c;
+  } else if (K == Kind::ReverseKL) {  // q (log q - log p - KL)
+    loss = cross / row.s.sum - ls + lt;
+    row.cs = c * row.s.scale(), row.shift = (float)(loss + ls - lt);
+  } else {  // q - p
+    loss = cross / row.t.sum + ls - (K == Kind::ForwardKL ? lt : 0);
+    row.cs = c * row.s.scale(), row.ct = -c * row.t.scale();
   }
+  row.loss = weight * loss;
+}
+
+void general_row(const DivergenceArgs& a, int64_t r, Row& row, Scratch& w) {
+  double total = 0;
+  both_sums<Kind::AlphaBeta, true>(a, r, row.s, row.t, w);
+  general_sums(a, r, row.s, row.t, w, row.loss, total);
+  row.cs = -row.s.inv * row.s.scale() * (float)total, row.ct = row.s.inv;  // h - q sum h
 }
 
 // cross-entropy at the label's own temperature
-double label_loss(const DivergenceArgs& a, int64_t r, Softmax& s, Scratch& w) {
+double label_loss(const DivergenceArgs& a, int64_t r, const Softmax& s, Scratch& w) {
   double sum = 0;
-  if (a.label_smoothing != 0.f) {
-    for (int64_t v = 0; v < a.vocab; v += TILE) {
-      const int64_t n = smaller(TILE, a.vocab - v);
-      load_logits(a.s, r, v, n, w.zs);
-      float part = 0;
-      const float top = s.top;
+  for (int64_t v = 0; v < a.vocab && a.label_smoothing != 0.f; v += TILE) {
+    const int64_t n = smaller(TILE, a.vocab - v);
+    const float* z = load_logits(a.s, r, v, n, w.zs);
+    float part = 0;
 #pragma omp simd reduction(+ : part)
-      for (int64_t i = 0; i < n; i++) part += w.zs[i] - top;
-      sum += part;
-    }
+    for (int64_t i = 0; i < n; i++) part += z[i] - s.top;
+    sum += part;
   }
-  load_logits(a.s, r, a.labels[r], 1, w.zs);
-  const double eps = a.label_smoothing, ls = std::log(s.sum), x = (double)(w.zs[0] - s.top) * s.inv;
+  const float z = *load_logits(a.s, r, a.labels[r], 1, w.zs);
+  const double eps = a.label_smoothing, ls = std::log(s.sum), x = (double)(z - s.top) * s.inv;
   return (1 - eps) * (ls - x) + (eps == 0 ? 0 : eps * (ls - sum * s.inv / (double)a.vocab));
 }
 
-void add_label_gradient(const DivergenceArgs& a, int64_t r, int64_t v, int64_t n, const Softmax& s, float c, Scratch& w) {
-  const float top = s.top, inv = s.inv, cq = c * s.scale(), even = c * a.label_smoothing / (float)a.vocab;
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) w.grad[i] += cq * fastkd_exp((w.zs[i] - top) * inv) - even;
-  const int64_t y = a.labels[r] - v;
-  if (y >= 0 && y < n) w.grad[y] -= c * (1.f - a.label_smoothing);
+double label_sum(const DivergenceArgs& a, int64_t r, const Softmax& s, Scratch& w) {
+  double sum = 0;
+  const float top = s.top, inv = s.inv * LOG2E;
+  for (int64_t v = 0; v < a.vocab; v += TILE) {
+    const int64_t n = smaller(TILE, a.vocab - v);
+    const float* z = load_logits(a.s, r, v, n, w.zs);
+    float part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = 0; i < n; i++) part += fastkd_exp2((z[i] - top) * inv);
+    sum += part;
+  }
+  return sum;
 }
 
-void one_row(const DivergenceArgs& a, int64_t r, Scratch& w, float* h) {
-  const Kind kind = closed_kind(a);
-  const bool dense = a.t.raw.data != nullptr, general = dense && kind == Kind::AlphaBeta;
-  Row row;
-  row.s = {largest(a.s, r, a.vocab, w.zs), 1.f / a.s.temperature[r], 0};
-  const float weight = dense && !general ? a.terms[0].weight[r] : 1.f;
-  if (dense) {
-    row.t = {a.normalized ? largest(a.t, r, a.vocab, w.zt) : 0.f, 1.f / a.t.temperature[r], 0};
-    if (general) {
-      sum_exponentials(a.s, r, a.vocab, row.s, w.zs);
-      sum_exponentials(a.t, r, a.vocab, row.t, w.zt);
-      general_sums(a, r, row.s, row.t, w, h, row.loss, row.total);
-    } else if (weight != 0.f) {
-      if (kind == Kind::ForwardKL) closed_loss<Kind::ForwardKL>(a, r, row, w);
-      if (kind == Kind::ReverseKL) closed_loss<Kind::ReverseKL>(a, r, row, w);
-      if (kind == Kind::CrossEntropy) closed_loss<Kind::CrossEntropy>(a, r, row, w);
-    }
+void add_label_gradient(const DivergenceArgs& a, int64_t r, int64_t v, int64_t n, const Softmax& s, float c, const float* z,
+                        float* grad) {
+  const float top = s.top, inv = s.inv * LOG2E, cq = c * s.scale(), even = c * a.label_smoothing / (float)a.vocab;
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) grad[i] += cq * fastkd_exp2((z[i] - top) * inv) - even;
+  const int64_t y = a.labels[r] - v;
+  if (y >= 0 && y < n) grad[y] -= c * (1.f - a.label_smoothing);
+}
+
+void divergence_gradient(const Row& row, bool reverse, int64_t v, int64_t n, Scratch& w) {
+  const float *es = w.es + v, *et = w.et + v;
+  const float cs = row.cs, ct = row.ct, shift = row.shift;
+  if (reverse) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) w.grad[i] = es[i] == 0.f ? 0.f : cs * es[i] * (et[i] - shift);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) w.grad[i] = (es[i] == 0.f ? 0.f : cs * es[i]) + ct * et[i];
   }
-  double loss = weight == 0.f ? 0.0 : weight * row.loss;
+}
+
+void one_row(const DivergenceArgs& a, int64_t r, Scratch& w) {
+  const bool dense = a.t.raw.data != nullptr, general = dense && !closed(a);
+  const Kind kind = dense && !general ? (Kind)a.terms[0].kind : Kind::AlphaBeta;
+  const float weight = !dense ? 0.f : general ? 1.f : a.terms[0].weight[r];
+  Row row;
+  row.s = softmax_of(a.s, r, a.vocab, w.zs);
+  if (weight != 0.f) {
+    row.t = softmax_of(a.t, r, a.vocab, w.zt);
+    if (!a.normalized) row.t.top = 0.f;
+    if (general) general_row(a, r, row, w);
+    if (kind == Kind::ForwardKL) closed_row<Kind::ForwardKL>(a, r, weight, row, w);
+    if (kind == Kind::ReverseKL) closed_row<Kind::ReverseKL>(a, r, weight, row, w);
+    if (kind == Kind::CrossEntropy) closed_row<Kind::CrossEntropy>(a, r, weight, row, w);
+  }
   const float hard = a.labels == nullptr ? 0.f : a.label_weight[r];
   if (hard != 0.f) {
     row.hard = {row.s.top, 1.f / a.label_temperature[r], row.s.sum};
-    if (row.hard.inv != row.s.inv || row.s.sum == 0) sum_exponentials(a.s, r, a.vocab, row.hard, w.zs);
-    loss += hard * label_loss(a, r, row.hard, w);
+    if (weight == 0.f || row.hard.inv != row.s.inv) row.hard.sum = label_sum(a, r, row.hard, w);
+    row.loss += hard * label_loss(a, r, row.hard, w);
   }
-  a.loss[r] = (float)loss;
+  a.loss[r] = (float)row.loss;
   if (a.g.data == nullptr) return;
-  const float c = weight * row.s.inv;
   for (int64_t v = 0; v < a.vocab; v += TILE) {
     const int64_t n = smaller(TILE, a.vocab - v);
-    load_logits(a.s, r, v, n, w.zs);
-    if (general) {
-      general_gradient(n, row.s, c, row.total, h + v, w);
-    } else if (dense && weight != 0.f) {
-      load_logits(a.t, r, v, n, w.zt);
-      if (kind == Kind::ReverseKL)
-        closed_gradient<Kind::ReverseKL>(n, row.s, row.t, c, row.mass, row.loss, w);
-      else
-        closed_gradient<Kind::ForwardKL>(n, row.s, row.t, c, row.mass, row.loss, w);
-    } else {
-      for (int64_t i = 0; i < n; i++) w.grad[i] = 0.f;
-    }
-    if (hard != 0.f) add_label_gradient(a, r, v, n, row.hard, hard * row.hard.inv, w);
-    store_gradient(a.g, a.s, a.factor[r], r, v, n, w.zs, w.grad);
+    const float* z = hard != 0.f || a.s.softcap != 0.f ? load_logits(a.s, r, v, n, w.zs) : nullptr;
+    if (weight != 0.f)
+      divergence_gradient(row, kind == Kind::ReverseKL, v, n, w);
+    else
+      __builtin_memset(w.grad, 0, n * sizeof(float));
+    if (hard != 0.f) add_label_gradient(a, r, v, n, row.hard, hard * row.hard.inv, z, w.grad);
+    store_gradient(a.g, a.s, a.factor[r], r, v, n, z, w.grad);
   }
 }
 
 void divergence(const DivergenceArgs& a) {
-  const bool general = a.t.raw.data != nullptr && closed_kind(a) == Kind::AlphaBeta;
 #pragma omp parallel num_threads(a.threads)
   {
-    Scratch w;
-    float* h = general ? (float*)std::malloc(a.vocab * sizeof(float)) : nullptr;
+    Scratch w(a.vocab);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t r = 0; r < a.n; r++) {
-      if (a.factor[r] == 0.f) {
+      if (a.factor[r] != 0.f) {
+        one_row(a, r, w);
+      } else {
         a.loss[r] = 0.f;
         if (a.g.data != nullptr) zero_gradient(a.g, r);
-      } else {
-        one_row(a, r, w, h);
       }
     }
-    std::free(h);
+  }
+}
+
+// g = factor * es * dz/draw, for a whole row
+void store_row(const Matrix& g, const Source& src, float factor, int64_t r, int64_t vocab, Scratch& w) {
+  for (int64_t v = 0; v < vocab; v += TILE) {
+    const int64_t n = smaller(TILE, vocab - v);
+    const float* z = src.softcap != 0.f ? load_logits(src, r, v, n, w.zs) : nullptr;
+    store_gradient(g, src, factor, r, v, n, z, w.es + v);
   }
 }
 
 void select(const SelectArgs& a) {
 #pragma omp parallel num_threads(a.threads)
   {
-    Scratch w;
+    Scratch w(a.vocab);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t r = 0; r < a.n; r++) {
-      Softmax s{largest(a.s, r, a.vocab, w.zs), 1.f / a.s.temperature[r], 0};
-      sum_exponentials(a.s, r, a.vocab, s, w.zs);
+      Softmax s = softmax_of(a.s, r, a.vocab, w.zs);
+      exponentials(a.s, r, a.vocab, s, w.zs, w.es);
       const double ls = std::log(s.sum);
-      double mass = 0;
+      const int64_t* ids = a.ids + r * a.k;
       for (int64_t k = 0; k < a.k; k++) {
-        load_logits(a.s, r, a.ids[r * a.k + k], 1, w.zs);
-        a.out[r * a.k + k] = (float)((double)(w.zs[0] - s.top) * s.inv - ls);
-        if (a.cotangent != nullptr) mass += a.cotangent[r * a.k + k];
+        const float z = *load_logits(a.s, r, ids[k], 1, w.zs);
+        a.out[r * a.k + k] = (float)((double)(z - s.top) * s.inv - ls);
       }
       if (a.g.data == nullptr) continue;
-      const float c = -(float)mass * s.inv * s.scale();
-      for (int64_t v = 0; v < a.vocab; v += TILE) {
-        const int64_t n = smaller(TILE, a.vocab - v);
-        load_logits(a.s, r, v, n, w.zs);
-#pragma omp simd
-        for (int64_t i = 0; i < n; i++) w.grad[i] = c * fastkd_exp((w.zs[i] - s.top) * s.inv);
-        for (int64_t k = 0; k < a.k; k++) {
-          const int64_t i = a.ids[r * a.k + k] - v;
-          if (i >= 0 && i < n) w.grad[i] += a.cotangent[r * a.k + k] * s.inv;
-        }
-        store_gradient(a.g, a.s, 1.f, r, v, n, w.zs, w.grad);
-      }
+      const float* cotangent = a.cotangent + r * a.k;
+      double mass = 0;
+      for (int64_t k = 0; k < a.k; k++) mass += cotangent[k];
+      const float c = -(float)mass * s.scale();
+      for (int64_t i = 0; i < a.vocab; i++) w.es[i] *= c;
+      for (int64_t k = 0; k < a.k; k++) w.es[ids[k]] += cotangent[k];
+      store_row(a.g, a.s, s.inv, r, a.vocab, w);
     }
   }
 }
 
-int64_t index_of(const Source& src, int64_t row, int64_t vocab, float top, float* z) {
+int64_t index_of(const Source& src, int64_t row, int64_t vocab, float top, float* tile) {
   for (int64_t v = 0; v < vocab; v += TILE) {
     const int64_t n = smaller(TILE, vocab - v);
-    load_logits(src, row, v, n, z);
+    const float* z = load_logits(src, row, v, n, tile);
     for (int64_t i = 0; i < n; i++)
       if (z[i] == top) return v + i;
   }
@@ -428,13 +434,10 @@ double first_moment(const StatsArgs& a, int64_t r, const Softmax& s, Scratch& w)
   double moment = 0;
   for (int64_t v = 0; v < a.vocab; v += TILE) {
     const int64_t n = smaller(TILE, a.vocab - v);
-    load_logits(a.s, r, v, n, w.zs);
+    const float *z = load_logits(a.s, r, v, n, w.zs), *e = w.es + v;
     float part = 0;
 #pragma omp simd reduction(+ : part)
-    for (int64_t i = 0; i < n; i++) {
-      const float x = (w.zs[i] - s.top) * s.inv, e = fastkd_exp(x);
-      part += e == 0.f ? 0.f : e * x;
-    }
+    for (int64_t i = 0; i < n; i++) part += e[i] == 0.f ? 0.f : e[i] * ((z[i] - s.top) * s.inv);
     moment += part;
   }
   return moment;
@@ -443,11 +446,11 @@ double first_moment(const StatsArgs& a, int64_t r, const Softmax& s, Scratch& w)
 void stats(const StatsArgs& a) {
 #pragma omp parallel num_threads(a.threads)
   {
-    Scratch w;
+    Scratch w(a.vocab);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t r = 0; r < a.n; r++) {
-      Softmax s{largest(a.s, r, a.vocab, w.zs), 1.f / a.s.temperature[r], 0};
-      sum_exponentials(a.s, r, a.vocab, s, w.zs);
+      Softmax s = softmax_of(a.s, r, a.vocab, w.zs);
+      exponentials(a.s, r, a.vocab, s, w.zs, w.es);
       const double ls = std::log(s.sum), entropy = ls - first_moment(a, r, s, w) / s.sum;
       const int64_t top = index_of(a.s, r, a.vocab, s.top, w.zs);
       a.lse[r] = (float)((double)s.top * s.inv + ls);
@@ -456,18 +459,17 @@ void stats(const StatsArgs& a) {
       a.argmax[r] = top;
       if (a.g.data == nullptr) continue;
       const float d_lse = a.cotangent[0][r], d_entropy = a.cotangent[1][r], d_max = a.cotangent[2][r];
-      const float c = s.inv * s.scale(), even = d_lse - d_max - d_entropy * (float)(entropy - ls);
+      const float c = s.scale(), even = d_lse - d_max - d_entropy * (float)(entropy - ls);
       for (int64_t v = 0; v < a.vocab; v += TILE) {
         const int64_t n = smaller(TILE, a.vocab - v);
-        load_logits(a.s, r, v, n, w.zs);
+        const float* z = load_logits(a.s, r, v, n, w.zs);
+        float* e = w.es + v;
 #pragma omp simd
-        for (int64_t i = 0; i < n; i++) {  // q (d_lse - d_max - d_entropy (log q + entropy))
-          const float x = (w.zs[i] - s.top) * s.inv, q = fastkd_exp(x);
-          w.grad[i] = q == 0.f ? 0.f : c * q * (even - d_entropy * x);
-        }
-        if (top >= v && top < v + n) w.grad[top - v] += d_max * s.inv;
-        store_gradient(a.g, a.s, 1.f, r, v, n, w.zs, w.grad);
+        for (int64_t i = 0; i < n; i++)  // q (d_lse - d_max - d_entropy (log q + entropy))
+          e[i] = e[i] == 0.f ? 0.f : c * e[i] * (even - d_entropy * ((z[i] - s.top) * s.inv));
       }
+      w.es[top] += d_max;
+      store_row(a.g, a.s, s.inv, r, a.vocab, w);
     }
   }
 }
@@ -495,24 +497,24 @@ double kl_div_sum(const KLDivArgs& a) {
   double sum = 0;
 #pragma omp parallel num_threads(a.threads) reduction(+ : sum)
   {
-    Scratch w;
+    float zs[TILE], zt[TILE];
 #pragma omp for schedule(static)
     for (int64_t v = 0; v < a.n; v += TILE) {
       const int64_t n = smaller(TILE, a.n - v);
-      load(a.x, a.dtype, v, n, w.zs);
-      load(a.t, a.dtype, v, n, w.zt);
+      load(a.x, a.dtype, v, n, zs);
+      load(a.t, a.dtype, v, n, zt);
       float part = 0;
       if (a.log_target) {
 #pragma omp simd reduction(+ : part)
         for (int64_t i = 0; i < n; i++) {
-          const float t = fastkd_exp(w.zt[i]);
-          part += t == 0.f ? 0.f : t * (w.zt[i] - w.zs[i]);
+          const float t = fastkd_exp(zt[i]);
+          part += t == 0.f ? 0.f : t * (zt[i] - zs[i]);
         }
       } else {
 #pragma omp simd reduction(+ : part)
         for (int64_t i = 0; i < n; i++) {
-          const float t = w.zt[i], l = t < 0.f ? __builtin_nanf("") : fastkd_log(t);
-          part += t == 0.f ? 0.f : t * (l - w.zs[i]);
+          const float t = zt[i], l = t < 0.f ? __builtin_nanf("") : fastkd_log(t);
+          part += t == 0.f ? 0.f : t * (l - zs[i]);
         }
       }
       sum += part;
@@ -524,20 +526,20 @@ double kl_div_sum(const KLDivArgs& a) {
 void kl_div_grad(const KLDivArgs& a) {
 #pragma omp parallel num_threads(a.threads)
   {
-    Scratch w;
+    float zs[TILE], zt[TILE];
 #pragma omp for schedule(static)
     for (int64_t v = 0; v < a.n; v += TILE) {
       const int64_t n = smaller(TILE, a.n - v);
-      load(a.t, a.dtype, v, n, w.zt);
+      load(a.t, a.dtype, v, n, zt);
       const float scale = -a.scale;
       if (a.log_target) {
 #pragma omp simd
-        for (int64_t i = 0; i < n; i++) w.grad[i] = scale * fastkd_exp(w.zt[i]);
+        for (int64_t i = 0; i < n; i++) zs[i] = scale * fastkd_exp(zt[i]);
       } else {
 #pragma omp simd
-        for (int64_t i = 0; i < n; i++) w.grad[i] = scale * w.zt[i];
+        for (int64_t i = 0; i < n; i++) zs[i] = scale * zt[i];
       }
-      store(a.out, a.dtype, v, n, w.grad);
+      store(a.out, a.dtype, v, n, zs);
     }
   }
 }

@@ -1,7 +1,7 @@
 """The table of backends: who can serve a call, and in words why another cannot.
 
-A backend is a set of row ops; the driver, the GEMMs and the autograd rules are shared. To add one: a `Backend` here with
-its `why_not`, and a module with the functions of `rows_torch`.
+A backend is a set of row ops; the driver, the GEMMs and the autograd rules are shared. To add one: a `Backend` here,
+with its `why_not`, and a module with the functions of `rows_torch`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _chosen: ContextVar[str | None] = ContextVar("fastkd_backend", default=None)
 
 @dataclass(frozen=True)
 class Backend:
-    """``unavailable()`` says why this machine cannot have it, ``why_not(spec, tensors)`` why a call cannot; else None."""
+    """``unavailable()`` says why this machine cannot have it, ``why_not(spec, tensors)`` why a call cannot, or None."""
 
     name: str
     summary: str
@@ -37,7 +37,7 @@ class Backend:
 def extension() -> tuple[ModuleType | None, str | None]:
     """fastkd._C, or why it is not there."""
     try:
-        from fastkd import _C
+        from fastkd import _C  # type: ignore[attr-defined]
     except ImportError as error:
         return None, f"the C++ extension fastkd._C cannot be imported: {error}"
     return _C, None
@@ -125,7 +125,7 @@ def _checked(name: str | None) -> str | None:
 def choose(spec: Spec, tensors: Tensors, name: str | None) -> str:
     """The backend asked for by argument, context or FASTKD_BACKEND, if it can serve; else the first that can."""
     name = _checked(name) or _chosen.get() or _checked(os.environ.get("FASTKD_BACKEND") or None)
-    reasons = {}
+    reasons: dict[str, str] = {}
     for backend in (BACKENDS[name],) if name else BACKENDS.values():
         reason = backend.unavailable() or backend.why_not(spec, tensors)
         if reason is None:

@@ -12,40 +12,47 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_tensor(name: str, value: Any) -> Tensor:
+    """The value, if it is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     return value
 
 
 def is_float(name: str, value: Any) -> Tensor:
+    """The value, if it is a tensor of a float dtype that fastkd has."""
     if is_tensor(name, value).dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
     return value
 
 
 def is_index(name: str, value: Any) -> Tensor:
+    """The value, if it is a tensor of int64 or int32."""
     if is_tensor(name, value).dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be int64 or int32, got {value.dtype}")
     return value
 
 
 def has_shape(name: str, value: Tensor, shape: tuple[int, ...], why: str = "") -> None:
+    """``why`` says where the expected shape comes from."""
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {list(shape)}{why}, got {list(value.shape)}")
 
 
 def same_device(**tensors: Tensor | None) -> None:
+    """All that are given lie on one device."""
     given = {name: t.device for name, t in tensors.items() if t is not None}
     if len(set(given.values())) > 1:
         raise ValueError("all tensors must be on one device, got " + ", ".join(f"{n} on {d}" for n, d in given.items()))
 
 
 def is_one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """One of a few words."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
 
 
 def finite_number(name: str, value: Any, *, above: float = -math.inf) -> float:
+    """The value, if it is a finite number above a bound."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not (math.isfinite(value) and value > above):
@@ -53,11 +60,24 @@ def finite_number(name: str, value: Any, *, above: float = -math.inf) -> float:
     return float(value)
 
 
+def chunk_tokens(value: Any) -> None:
+    """The argument of that name."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"chunk_tokens must be a positive integer or None, got {value!r}")
+
+
 def readable(*tensors: Tensor | None) -> bool:
     """Can values be looked at: real memory on the CPU (elsewhere a look would wait for the device)?"""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return all(t is None or (t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter)) for t in tensors)
+    return all(t is None or (type(t) in (Tensor, torch.nn.Parameter) and _in_memory(t)) for t in tensors)
+
+
+def _in_memory(t: Tensor) -> bool:
+    """On the CPU and not the batched or tracked wrapper of a transform."""
+    return torch._C._dispatch_keys(t).has(
+        torch._C.DispatchKey.CPU
+    ) and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
 def all_values(name: str, expected: str, value: Tensor, good: Tensor) -> None:

@@ -76,8 +76,8 @@ def resident(name: str) -> int:
 def kept_layers(total: int, keep: int) -> list[int]:
     """Indices of the layers that stay: all but one block just before the middle, the first and the last among them.
 
-    Held-out KL of SmolLM2-135M cut from 30 layers to 20, before any training: this block 2.1 nats, the ten layers
-    around the exact middle 2.7, every third layer 6.1, ten late ones 13.6.
+    KL of SmolLM2-135M cut from 30 layers to 20, before any training, on 2,048 tokens of the text: this block 2.1 nats,
+    one layer later 2.7, every third layer 6.1, ten late layers 13.6.
     """
     if not 2 <= keep <= total:
         raise DemoError(f"a student keeps between 2 and all {total} layers of this teacher, not {keep}")

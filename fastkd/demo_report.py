@@ -29,9 +29,12 @@ def print_tables(result: Result) -> None:
     console = Console()
     console.print(quality_table(result))
     console.print(cost_table(result))
-    difference = result["largest_relative_difference"]
+    difference = result["relative_difference"]
     if difference is not None:
-        print(f"The two loss curves differ by at most {difference:.1e} of their value, at any step.")
+        print(
+            f"The two losses differ by {difference['first']:.1e} of their value at the first step, from equal weights, "
+            f"and by at most\n{difference['largest']:.1e} later, as {result['dtype']} rounding feeds back through training."
+        )
     print(machine_line(result["environment"]))
 
 
@@ -127,9 +130,9 @@ def draw_curves(axes: Any, result: Result) -> None:
         axes.plot(steps, runs[name]["loss"], color=COLOURS[name], label=LABELS[name], **looks[name])
     axes.set(title="training loss: KL(teacher || student), nats/token", xlabel="step", ylim=(0, None))
     axes.legend(frameon=False)
-    difference = result["largest_relative_difference"]
+    difference = result["relative_difference"]
     if difference is not None:
-        note = f"largest relative difference {difference:.0e}"
+        note = f"relative difference: {difference['first']:.0e} at first, {difference['largest']:.0e} at most"
         axes.text(0.03, 0.05, note, transform=axes.transAxes, color="0.35")
 
 

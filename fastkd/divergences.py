@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import astuple, dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -98,9 +98,13 @@ class Divergence:
     # so that numpy scalars and arrays do not try to distribute themselves over us
     __array_ufunc__ = None
 
-
-# torch.Tensor.__mul__ tries to convert us first; this makes `tensor * divergence` reach __rmul__
-Divergence.__torch_function__ = classmethod(lambda cls, func, types, args=(), kwargs=None: NotImplemented)  # type: ignore[attr-defined]
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """tensor * divergence: torch asks here first (torch.compile also for divergence * tensor)."""
+        if func not in (Tensor.mul, Tensor.__mul__, torch.mul):
+            return NotImplemented
+        divergence, weight = args if isinstance(args[0], Divergence) else args[::-1]
+        return divergence.__mul__(weight)
 
 
 def register(cls: type[Divergence]) -> type[Divergence]:
@@ -108,7 +112,7 @@ def register(cls: type[Divergence]) -> type[Divergence]:
     if not cls.name or cls.name in REGISTRY:
         raise ValueError(f"a divergence needs a name of its own, got {cls.name!r}; taken: {sorted(REGISTRY)}")
     REGISTRY[cls.name] = cls
-    _pytree.register_constant(cls)
+    _pytree.register_dataclass(cls)
     return cls
 
 

@@ -2,20 +2,25 @@
 
 Eager calls, torch.func and torch.compile all go through the same `autograd.Function` to the same op. A scalar loss knows
 its cotangent up to one factor, so its gradients are made in the forward; other outputs are recomputed in the backward.
-Differentiating a second time, and forward mode, go through the definition (logits in memory).
+Further derivatives, and forward mode, are those of the definition (logits in memory).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
+from torch.utils import _pytree
 
 from fastkd import backends, checks, driver, reference
-from fastkd.problem import Spec, Tensors
+from fastkd.problem import KD, Select, Spec, Stats, Tensors
+
+NOTHING = "<None>"  # for None on its way through `traceable`
+SERVED = {KD: 7, Select: 3, Stats: 3}  # the row ops give gradients for the first so many tensors
 
 _library = torch.library.Library("fastkd", "DEF")
 _library.define("fused(Tensor?[] tensors, Tensor[] cotangents, bool[] needs, str spec) -> Tensor[]")
@@ -40,6 +45,14 @@ _library.impl("fused", _fake, "Meta")
 torch.library.register_fake("fastkd::fused", _fake, lib=_library)
 
 
+def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    outputs, dims = _looped(torch.ops.fastkd.fused, info, in_dims, args)
+    return list(outputs), list(dims)
+
+
+torch.library.register_vmap("fastkd::fused", _vmap, lib=_library)
+
+
 def apply(spec: Spec, tensors: Tensors, backend: str | None) -> tuple[Tensor, ...]:
     """The outputs of the op, differentiable."""
     name = backends.choose(spec, tensors, backend)
@@ -48,6 +61,24 @@ def apply(spec: Spec, tensors: Tensors, backend: str | None) -> tuple[Tensor, ..
         return _define(spec, tensors)
     spec = replace(spec, backend=name)
     return Fused.apply(spec, _made_in_forward(spec, tensors), *tensors)[: driver.count(spec)]
+
+
+def traceable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of keywords as one call that torch.compile does not look into: AOTAutograd traces it to the library op.
+
+    Such calls take no None; a word stands for it on the way. Numbers that are not sizes of tensors are held constant.
+    """
+
+    def restore(x: Any) -> Any:
+        if isinstance(x, torch.SymFloat | torch.SymInt):
+            return float(x) if isinstance(x, torch.SymFloat) else int(x)
+        return None if isinstance(x, str) and x == NOTHING else x
+
+    @torch._dynamo.nonstrict_trace
+    def opaque(kwargs: dict[str, Any]) -> Any:
+        return function(**_pytree.tree_map(restore, kwargs))
+
+    return lambda **kwargs: opaque(_pytree.tree_map(lambda x: NOTHING if x is None else x, kwargs))
 
 
 def _define(spec: Spec, tensors: Tensors) -> tuple[Tensor, ...]:
@@ -62,10 +93,12 @@ def _define(spec: Spec, tensors: Tensors) -> tuple[Tensor, ...]:
 def _made_in_forward(spec: Spec, tensors: Tensors) -> tuple[bool, ...]:
     """Which gradients the forward makes: those of a scalar, unless float16 would lose them to underflow before a loss
     scale reaches them, or a transform of torch.func hides what is needed."""
-    half = any(t is not None and t.dtype == torch.float16 for t in tensors)
-    scalar = getattr(spec, "total", False) and torch.is_grad_enabled()
-    if half or not scalar or torch._C._are_functorch_transforms_active():
-        return (False,) * len(tensors)
+    none = (False,) * len(tensors)
+    if not isinstance(spec, KD) or not spec.total or not torch.is_grad_enabled():
+        return none
+    dtypes = {t.dtype for t in tensors if t is not None} | {side.compute_dtype for side in (spec.student, spec.teacher) if side}
+    if torch.float16 in dtypes or torch._C._are_functorch_transforms_active():
+        return none
     return tuple(t is not None and t.requires_grad for t in tensors)
 
 
@@ -89,107 +122,137 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
         ctx.spec, ctx.made, *tensors = inputs
+        outputs, grads = output[: driver.count(ctx.spec)], output[driver.count(ctx.spec) :]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output[driver.count(ctx.spec) :])
+        ctx.save_for_backward(*tensors, *grads)
         ctx.save_for_forward(*tensors)
-        whole = [t for t in output[: driver.count(ctx.spec)] if not t.is_floating_point()]
-        ctx.mark_non_differentiable(*whole, *output[driver.count(ctx.spec) :])
-        ctx.like = [(t.shape, t.dtype) for t in output[: driver.count(ctx.spec)] if t.is_floating_point()]
+        ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()), *grads)
+        ctx.like = [(t.shape, t.dtype, t.device) for t in _smooth(outputs)]
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Tensors:
         n, needs = len(ctx.made), tuple(ctx.needs_input_grad[2:])
-        tensors, made = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
         if not any(needs):
             return (None,) * (n + 2)
-        device = next(t.device for t in tensors if t is not None)
-        given = [
-            torch.zeros(shape, dtype=dtype, device=device) if g is None else g
-            for g, (shape, dtype) in zip(cotangents, ctx.like, strict=False)
-        ]
-        args = (ctx.spec, needs, ctx.made, len(given), *given, *tensors, *made)
-        grads = Gradients.apply(*args) if torch.is_grad_enabled() else Gradients.forward(*args)
+        tensors, grads = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        again = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
+        if any(ctx.made) and not again and _is_one(cotangents[0]):  # the saved gradients, not to be used again
+            grads = _needed(_spread(grads, ctx.made), needs)
+        else:
+            given = [
+                torch.zeros(shape, dtype=dtype, device=device) if g is None else g
+                for g, (shape, dtype, device) in zip(cotangents, ctx.like, strict=False)
+            ]
+            grads = Gradients.apply(ctx.spec, needs, ctx.made, len(given), *given, *tensors, *grads)
         return (None, None, *_spread(grads, needs))
 
     @staticmethod
     def jvp(ctx: Any, _spec: None, _made: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        """J v as the derivative of u -> <J^T u, v>, by the definition."""
         tensors = ctx.saved_tensors[: len(ctx.made)]
-        return _pushforward(ctx.spec, tensors, tangents) + (None,) * sum(ctx.made)
+        pushed = _pushforward(_outputs(ctx.spec), tensors, tangents)
+        rest = driver.count(ctx.spec) + sum(ctx.made) - len(pushed)  # argmax, and the gradients made in the forward
+        return (*pushed, *(None,) * rest)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _looped(Fused, info, in_dims, args)
+        return _looped(Fused.apply, info, in_dims, args)
 
 
 class Gradients(torch.autograd.Function):
-    """(spec, needs, made, count, *cotangents, *tensors, *gradients made in the forward) -> the gradients in `needs`."""
+    """(spec, needs, made, count, *cotangents, *tensors, *gradients made in the forward) -> the gradients in `needs`.
+
+    Its own derivatives are those of the definition.
+    """
 
     @staticmethod
     def forward(
         spec: Spec, needs: tuple[bool, ...], made: tuple[bool, ...], count: int, *flat: Tensor | None
     ) -> tuple[Tensor, ...]:
         cotangents, tensors, grads = flat[:count], flat[count : count + len(made)], flat[count + len(made) :]
-        if not any(made):
-            return _op(spec, tensors, cotangents, needs)[driver.count(spec) :]
-        (g,) = cotangents
-        kept = [x for x, n in zip(_spread(grads, made), needs, strict=True) if n]
-        return tuple(kept) if _is_one(g) else tuple((x * g).to(x.dtype) for x in kept)  # type: ignore[operator,union-attr,return-value]
+        if any(made):
+            (g,) = cotangents
+            return tuple((x * g).to(x.dtype) for x in _needed(_spread(grads, made), needs))
+        if any(needs[SERVED[type(spec)] :]):  # grad of vmap hides from the choice of the backend what requires grad
+            return _gradients(spec, needs, count)(*cotangents, *tensors)
+        return _op(spec, tensors, cotangents, needs)[driver.count(spec) :]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
         ctx.spec, ctx.needs, made, ctx.count, *flat = inputs
-        ctx.size = len(inputs)
+        ctx.made = sum(made)
         ctx.save_for_backward(*flat[: ctx.count + len(made)])
+        ctx.save_for_forward(*flat[: ctx.count + len(made)])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> Tensors:
-        """The vector-Jacobian product of the vector-Jacobian product, by the definition."""
         flat = ctx.saved_tensors
-        wanted = [t is not None and t.is_floating_point() for t in flat]
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() if w else t for t, w in zip(flat, wanted, strict=True)]
-            given, tensors = leaves[: ctx.count], leaves[ctx.count :]
-            outputs = [o for o in _define(ctx.spec, tuple(tensors)) if o.is_floating_point()]
-            xs = _needed(tensors, ctx.needs)
-            grads = torch.autograd.grad(outputs, xs, given, create_graph=True, materialize_grads=True)
-            used = [(g, c) for g, c in zip(grads, cotangents, strict=True) if g.requires_grad]
-            second = torch.autograd.grad(
-                [g for g, _ in used], _needed(leaves, wanted), [c for _, c in used], allow_unused=True
-            )
-        rest = ctx.size - 4 - len(flat)
-        return (None,) * 4 + _spread(second, tuple(wanted)) + (None,) * rest
+        smooth = tuple(t is not None and t.is_floating_point() for t in flat)
+        gradients, xs = _at(_gradients(ctx.spec, ctx.needs, ctx.count), flat, smooth)
+        seconds = torch.func.vjp(gradients, *xs)[1](tuple(cotangents))
+        return (None,) * 4 + _spread(seconds, smooth) + (None,) * ctx.made
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        flat = ctx.saved_tensors
+        return _pushforward(_gradients(ctx.spec, ctx.needs, ctx.count), flat, tangents[4 : 4 + len(flat)])
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _looped(Gradients, info, in_dims, args)
+        return _looped(Gradients.apply, info, in_dims, args)
 
 
 def _is_one(g: Tensor | None) -> bool:
     """Is this a cotangent of exactly 1 that can be looked at without waiting for a device?"""
-    return type(g) is Tensor and g.device.type == "cpu" and checks.readable(g) and bool(g == 1)
+    return g is not None and checks.readable(g) and bool(g == 1)
 
 
-def _pushforward(spec: Spec, tensors: Tensors, tangents: Tensors) -> tuple[Tensor | None, ...]:
-    with torch.enable_grad():
-        leaves = [t if v is None or t is None else t.detach().requires_grad_() for t, v in zip(tensors, tangents, strict=True)]
-        pairs = [(x, v) for x, v in zip(leaves, tangents, strict=True) if v is not None]
-        outputs = _define(spec, tuple(leaves))
-        smooth = [o for o in outputs if o.is_floating_point()]
-        u = [torch.zeros_like(o, requires_grad=True) for o in smooth]
-        grads = torch.autograd.grad(smooth, [x for x, _ in pairs], u, create_graph=True, materialize_grads=True)
-        inner = sum(((g * v).sum() for g, (_, v) in zip(grads, pairs, strict=True)), torch.zeros(()))
-        queue = iter(torch.autograd.grad(inner, u, materialize_grads=True))
-    return tuple(next(queue) if o.is_floating_point() else None for o in outputs)
+def _outputs(spec: Spec) -> Callable[..., tuple[Tensor, ...]]:
+    """tensors -> the floating outputs, by the definition."""
+    return lambda *tensors: _smooth(_define(spec, tensors))
 
 
-def _looped(function: Any, info: Any, in_dims: Any, args: Any) -> Any:
+def _gradients(spec: Spec, needs: tuple[bool, ...], count: int) -> Callable[..., tuple[Tensor, ...]]:
+    """cotangents, tensors -> the gradients in `needs`, by the definition."""
+
+    def gradients(*flat: Tensor | None) -> tuple[Tensor, ...]:
+        outputs, xs = _at(_outputs(spec), flat[count:], needs)
+        return torch.func.vjp(outputs, *xs)[1](flat[:count])
+
+    return gradients
+
+
+def _smooth(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(o for o in outputs if o.is_floating_point())
+
+
+def _at(function: Callable[..., Any], args: Tensors, free: tuple[bool, ...]) -> tuple[Callable[..., Any], list[Tensor]]:
+    """`function` of its `free` arguments, the others held at `args`; and the free arguments."""
+
+    def of_free(*xs: Tensor) -> Any:
+        queue = iter(xs)
+        return function(*(next(queue) if f else a for f, a in zip(free, args, strict=True)))
+
+    return of_free, _needed(args, free)
+
+
+def _pushforward(function: Callable[..., tuple[Tensor, ...]], args: Tensors, tangents: Tensors) -> tuple[Tensor, ...]:
+    """J v, as the derivative of u -> J^T u along v; itself differentiable in every mode."""
+    free = tuple(v is not None for v in tangents)
+    with forward_ad._set_fwd_grad_enabled(True):
+        primals = tuple(None if a is None else forward_ad.unpack_dual(a, level=0).primal for a in args)
+        of_free, xs = _at(function, primals, free)
+        outputs, pull = torch.func.vjp(of_free, *xs)
+        return torch.func.vjp(pull, tuple(map(torch.zeros_like, outputs)))[1](tuple(_needed(tangents, free)))[0]
+
+
+def _looped(function: Callable[..., Any], info: Any, in_dims: Any, args: Any) -> Any:
     """vmap as a loop over the batch: heads and hidden states may each be batched or shared."""
 
-    def pick(i: int) -> list[Any]:
-        return [a.select(d, i) if isinstance(a, Tensor) and d is not None else a for a, d in zip(args, in_dims, strict=True)]
+    def pick(x: Any, dims: Any, i: int) -> Any:
+        if isinstance(x, (list, tuple)) and isinstance(dims, (list, tuple)):
+            return [pick(y, d, i) for y, d in zip(x, dims, strict=True)]
+        return x.select(dims, i) if isinstance(x, Tensor) and dims is not None else x
 
-    rows = [function.apply(*pick(i)) for i in range(info.batch_size)]
+    rows = [function(*pick(args, in_dims, i)) for i in range(info.batch_size)]
     outputs = tuple(torch.stack(column) for column in zip(*rows, strict=True))
     return outputs, (0,) * len(outputs)

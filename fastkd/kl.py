@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import is_non_overlapping_and_dense_or_false as _is_dense
 
 from fastkd import checks, rows_cpu
 from fastkd.backends import extension
@@ -32,7 +33,8 @@ def kl_div(
 
     On the CPU a reduced float32, bfloat16 or float16 loss is summed in one pass, in float32, without the array of terms;
     every other call is torch's own. Gradients reach ``input`` and ``target``; double backward, forward mode, vmap and
-    torch.compile work as in torch. One value differs: a log-target of -inf counts 0, where torch gives NaN.
+    torch.compile work as in torch. Where torch gives NaN, two values are limits: a log-target of -inf counts 0 in loss
+    and gradients, and the gradient with respect to a target of 0 is -inf.
 
     Args:
         input: log-probabilities [...].
@@ -45,12 +47,13 @@ def kl_div(
     """
     if not _fits(input, target):
         return F.kl_div(input, target, size_average, reduce, reduction, log_target)
-    if size_average is not None or reduce is not None:
+    legacy = size_average is not None or reduce is not None
+    if legacy:
         reduction = F._Reduction.legacy_get_string(size_average, reduce)  # type: ignore[attr-defined]
     divisor = {"sum": 1, "mean": input.numel(), "batchmean": input.shape[0] if input.dim() else 1}.get(reduction)
     if not divisor or (reduction == "batchmean" and input.dim() == 0):
         return F.kl_div(input, target, reduction=reduction, log_target=log_target)
-    if reduction == "mean":
+    if reduction == "mean" and not legacy:
         warnings.warn(
             "reduction: 'mean' divides the total loss by both the batch size and the support size."
             "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
@@ -75,7 +78,7 @@ class _KLDiv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, t: Tensor, scale: float, log_target: bool) -> Tensor:
-        ctx.save_for_backward(x, t)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, t)
         ctx.scale, ctx.log_target = scale, log_target
         xs, ts = _aligned(x, t)
         total = extension()[0].kl_div_sum(  # type: ignore[union-attr]
@@ -89,7 +92,8 @@ class _KLDiv(torch.autograd.Function):
         dx = dt = None
         if ctx.needs_input_grad[0]:
             # differentiable once more where someone asks for it
-            dx = _grad_input(t, g, ctx) if not torch.is_grad_enabled() else (t.exp() if ctx.log_target else t) * (-g * ctx.scale)
+            one_pass = checks.readable(t, g) and not torch.is_grad_enabled()
+            dx = _grad_input(t, g, ctx) if one_pass else (t.exp() if ctx.log_target else t) * (-g * ctx.scale)
         if ctx.needs_input_grad[1]:
             c = g * ctx.scale
             if ctx.log_target:
@@ -102,13 +106,13 @@ class _KLDiv(torch.autograd.Function):
 
 def _aligned(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """The same elements in the same order in memory."""
-    if x.stride() == t.stride() and x.is_non_overlapping_and_dense():
+    if x.stride() == t.stride() and _is_dense(x):
         return x, t
     return x.contiguous(), t.contiguous()
 
 
 def _grad_input(t: Tensor, g: Tensor, ctx: Any) -> Tensor:
-    t = t if t.is_non_overlapping_and_dense() else t.contiguous()
+    t = t if _is_dense(t) else t.contiguous()
     out = torch.empty_like(t)
     scale, threads = float(g) * ctx.scale, torch.get_num_threads()
     extension()[0].kl_div_grad(  # type: ignore[union-attr]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -30,9 +31,10 @@ class DistillLoss(torch.nn.Module):
     def __init__(self, divergence: str | Divergence = "forward_kl", **settings: Any) -> None:
         super().__init__()
         get(divergence)
-        unknown = set(settings) - set(kd_loss.__kwdefaults__)
+        known = inspect.signature(kd_loss).parameters
+        unknown = set(settings) - {name for name, p in known.items() if p.kind is p.KEYWORD_ONLY}
         if unknown:
-            raise TypeError(f"settings must be keywords of kd_loss, {sorted(kd_loss.__kwdefaults__)}, got {sorted(unknown)}")
+            raise TypeError(f"settings must be keywords of fastkd.kd_loss, got {sorted(unknown)}")
         self.divergence, self.settings = divergence, settings
 
     def forward(self, student: Tensor | Head, teacher: Tensor | Head | Labels, **overrides: Any) -> Tensor:

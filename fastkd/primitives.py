@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkd import checks
-from fastkd.fused import apply
-from fastkd.losses import _Dense, _PerToken
-from fastkd.problem import Select, Stats, accumulation
+from fastkd.fused import apply, traceable
+from fastkd.normal_form import DenseSource, PerToken
+from fastkd.problem import Select, Stats
 from fastkd.sources import Head
 
 __all__ = ["TokenStats", "selected_log_probs", "token_stats"]
@@ -55,8 +54,10 @@ def token_stats(
 def _token_stats(
     source: Tensor | Head, temperature: float | Tensor, chunk_tokens: int | None, backend: str | None
 ) -> tuple[Tensor, ...]:
-    s = _Dense("source", source)
-    size, tensors = _normal_form(s, temperature)
+    checks.chunk_tokens(chunk_tokens)
+    s = DenseSource("source", source)
+    row = PerToken.of(s)
+    tensors = (*s.tensors(row), row("temperature", temperature, above=0.0))
     spec = Stats("", chunk_tokens, s.side, s.vocab)
     return tuple(x.reshape(s.lead) for x in apply(spec, tensors, backend))
 
@@ -89,21 +90,17 @@ def selected_log_probs(
 def _selected_log_probs(
     source: Tensor | Head, ids: Tensor, temperature: float | Tensor, chunk_tokens: int | None, backend: str | None
 ) -> Tensor:
-    s = _Dense("source", source)
-    checks.is_index("ids", ids)
+    checks.chunk_tokens(chunk_tokens)
+    s = DenseSource("source", source)
+    row = PerToken.of(s)
+    row.check_device("ids", checks.is_index("ids", ids))
     if ids.dim() < 1 or tuple(ids.shape[:-1]) != s.lead:
-        raise ValueError(f"ids must be [..., K] with the source's leading dimensions {list(s.lead)}, got {list(ids.shape)}")
-    checks.same_device(source=s.x, ids=ids)
-    size, tensors = _normal_form(s, temperature)
-    spec = Select("", chunk_tokens, s.side, s.vocab)
-    return apply(spec, (*tensors, ids.reshape(*size, ids.shape[-1])), backend)[0].reshape(ids.shape)
+        raise ValueError(
+            f"ids must be [..., K] with the source's leading dimensions {list(s.lead)}, got {list(ids.shape)}"
+        )
+    tensors = (*s.tensors(row), row("temperature", temperature, above=0.0), ids.reshape(*row.size, ids.shape[-1]))
+    return apply(Select("", chunk_tokens, s.side, s.vocab), tensors, backend)[0].reshape(ids.shape)
 
 
-def _normal_form(s: _Dense, temperature: float | Tensor) -> tuple[tuple[int, int], tuple[Tensor | None, ...]]:
-    size = (math.prod(s.lead[:-1]), s.lead[-1]) if s.batch else (1, math.prod(s.lead))
-    row = _PerToken(s.lead, size, accumulation(s.x.dtype), s.x.device)
-    return size, (*s.tensors(size, s.batch), row("temperature", temperature, above=0.0))
-
-
-_stats_traced = torch._dynamo.nonstrict_trace(_token_stats)
-_select_traced = torch._dynamo.nonstrict_trace(_selected_log_probs)
+_stats_traced = traceable(_token_stats)
+_select_traced = traceable(_selected_log_probs)

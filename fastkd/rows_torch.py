@@ -5,6 +5,7 @@ This file and its C++ and GPU counterparts share one contract; `Rows` holds what
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,3 +105,6 @@ def accumulate(acc: Tensor, part: Tensor, first: bool) -> None:
     acc.copy_(part) if first else acc.add_(part.to(acc.dtype))
 
 
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a large result or buffer."""
+    return torch.empty(tuple(shape), dtype=dtype, device=device)

@@ -38,7 +38,7 @@ class Head:
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """A teacher that is a class per token; the loss is ``F.cross_entropy(logits / temperature, ids, label_smoothing=)``.
+    """A teacher that is a class per token: ``F.cross_entropy(logits / temperature, ids, label_smoothing=...)``.
 
     Args:
         ids: [...], int32 or int64, each in [0, V) or ``ignore_index``.

@@ -1,8 +1,8 @@
 """Transforms of the teacher, given the student: ``kd_loss(..., target=Interpolate(0.3))``.
 
 A transform sees one chunk of effective logits (after softcap and logit_scale, before the temperature) and returns the
-log-weights that take the place of ``teacher / temperature``. The student enters as a constant. Parameters are floats, or
-tensors [...] with one value per token. Your own: subclass :class:`Target`, as a frozen dataclass.
+log-weights that take the place of ``teacher / temperature``. The student enters as a constant. Parameters are floats,
+or tensors [...] with one value per token. Your own: subclass :class:`Target`, as a frozen dataclass.
 """
 
 from __future__ import annotations

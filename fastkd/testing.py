@@ -6,9 +6,9 @@ The rule, on the largest error over the elements and on the norm, for the value 
 
 where the baseline is the reference on the same inputs in their own dtypes (logits from the model's GEMM upcast to
 float32, softmax in float32), and atol is one rounding of the reference in the narrowest dtype of the inputs and four in
-float32, in which sums over the vocabulary are accumulated. The whole allowance is capped at a tenth of that value. (Element by element against the baseline's error at
-the same element, the rule would fail by chance: somewhere among many elements the baseline is right by luck.) Where the reference is infinite or NaN
-the op must be too. Example::
+float32, in which sums over the vocabulary are accumulated. The whole allowance is capped at a tenth of the reference.
+(Element by element against the baseline's error at the same element, the rule would fail by chance: somewhere among
+many elements the baseline is right by luck.) Where the reference is infinite or NaN the op must be too. Example::
 
     from fastkd import testing
 
@@ -84,7 +84,7 @@ class Report:
         return self
 
 
-def _compare_one(name: str, got: Tensor | None, reference: Tensor, baseline: Tensor, eps: float) -> Row:
+def _compare_one(name: str, got: Tensor | None, reference: Tensor, baseline: Tensor | None, eps: float) -> Row:
     def failed(why: str) -> Row:
         return Row(name, math.inf, 0.0, math.inf, 0.0, False, why)
 
@@ -92,6 +92,7 @@ def _compare_one(name: str, got: Tensor | None, reference: Tensor, baseline: Ten
         return failed("no gradient where the reference has one")
     if got.shape != reference.shape:
         return failed(f"shape {list(got.shape)}, expected {list(reference.shape)}")
+    assert baseline is not None  # it has what the reference has
     got = got.detach().double()
     finite = reference.isfinite()
     if not torch.equal(got[~finite].nan_to_num(nan=7.0), reference[~finite].nan_to_num(nan=7.0)):
@@ -109,7 +110,9 @@ def _compare_one(name: str, got: Tensor | None, reference: Tensor, baseline: Ten
         *(float(error.norm()), allowance(reference, baseline, eps, 2)),
     )
     ok = numbers[0] <= numbers[1] and numbers[2] <= numbers[3]
-    return Row(name, *numbers, ok, "" if ok else f"at flat index {worst}: {got[worst]:.6g}, expected {reference[worst]:.6g}")
+    return Row(
+        name, *numbers, ok, "" if ok else f"at flat index {worst}: {got[worst]:.6g}, expected {reference[worst]:.6g}"
+    )
 
 
 def compare(
@@ -125,8 +128,8 @@ def compare(
     Args:
         op: the function under test; it returns a tensor or a tuple of tensors.
         reference: the same function by definition; it must accept float64.
-        inputs: keyword arguments; tensors may lie inside dataclasses such as :class:`fastkd.Head`. Gradients are compared
-            for the floating tensors that require grad, under a random, non-uniform upstream gradient.
+        inputs: keyword arguments; tensors may lie inside dataclasses such as :class:`fastkd.Head`. Gradients are
+            compared for the floating tensors that require grad, under a random, non-uniform upstream gradient.
         baseline: what sets the scale of the error; None: ``reference`` on the inputs as they are.
 
     Returns:
@@ -138,9 +141,9 @@ def compare(
     base = _evaluate(baseline or reference, inputs, cotangent_seed)
     return Report(
         tuple(
-            _compare_one(name, got.get(name), truth[name].detach().double(), base[name], eps)  # type: ignore[union-attr]
-            for name in truth
-            if truth[name] is not None
+            _compare_one(name, got.get(name), exact.detach().double(), base[name], eps)
+            for name, exact in truth.items()
+            if exact is not None
         )
     )
 
@@ -159,7 +162,9 @@ def _evaluate(op: Callable[..., Any], inputs: dict[str, Any], seed: int) -> dict
 
     outputs = op(**_pytree.tree_map_with_path(fresh, inputs))
     outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-    results: dict[str, Tensor | None] = {f"output {i}" if len(outputs) > 1 else "value": y for i, y in enumerate(outputs)}
+    results: dict[str, Tensor | None] = {
+        f"output {i}" if len(outputs) > 1 else "value": y for i, y in enumerate(outputs)
+    }
     smooth = [y for y in outputs if y.requires_grad]
     if leaves and smooth:
         generator = torch.Generator().manual_seed(seed)
@@ -183,9 +188,11 @@ def _cast(inputs: Any, dtype: torch.dtype) -> Any:
 
 
 class _Maker:
-    """Random tensors of one case, from one seed; drawn in float64 on the CPU, so that every dtype sees the same case."""
+    """Random tensors of one case, from one seed; drawn in float64 on the CPU, so that every dtype sees one case."""
 
-    def __init__(self, tokens: int, vocab: int, hidden: tuple[int, int], dtype: torch.dtype, seed: int, device: Any) -> None:
+    def __init__(
+        self, tokens: int, vocab: int, hidden: tuple[int, int], dtype: torch.dtype, seed: int, device: Any
+    ) -> None:
         self.tokens, self.vocab, self.hidden, self.dtype, self.device = tokens, vocab, hidden, dtype, device
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -229,7 +236,9 @@ def _with_head(m: _Maker, side: str, **changes: Any) -> dict[str, Any]:
 
 def _batched(m: _Maker) -> dict[str, Any]:
     def head(d: int, grad: bool) -> Head:
-        return Head(m.normal(2, 3, m.tokens, d, grad=grad), m.normal(2, 3, m.vocab, d, scale=2 / math.sqrt(d), grad=grad))
+        return Head(
+            m.normal(2, 3, m.tokens, d, grad=grad), m.normal(2, 3, m.vocab, d, scale=2 / math.sqrt(d), grad=grad)
+        )
 
     return {"student": head(m.hidden[0], True), "teacher": head(m.hidden[1], False)}
 
@@ -253,11 +262,24 @@ KD_FEATURES: dict[str, Callable[[_Maker], dict[str, Any]]] = {
     "label_weight per token": lambda m: _heads(m, labels=m.ids(), label_weight=m.uniform(0.0, 1.0)),
     "num_tokens": lambda m: _heads(m, num_tokens=2.5 * m.tokens, weights=_masked(m)),
     "both receive gradients": lambda m: {"student": m.head(m.hidden[0], True), "teacher": m.head(m.hidden[1], True)},
-    "logits": lambda m: {"student": m.logits(True), "teacher": m.logits(True), "temperature": 1.5, "weights": _masked(m)},
+    "logits": lambda m: {
+        "student": m.logits(True),
+        "teacher": m.logits(True),
+        "temperature": 1.5,
+        "weights": _masked(m),
+    },
     "logits and head": lambda m: {"student": m.logits(True), "teacher": m.head(m.hidden[1], False)},
-    "head and logits": lambda m: {"student": m.head(m.hidden[0], True), "teacher": m.logits(False), "weights": _masked(m)},
+    "head and logits": lambda m: {
+        "student": m.head(m.hidden[0], True),
+        "teacher": m.logits(False),
+        "weights": _masked(m),
+    },
     "teacher labels": lambda m: {"student": m.head(m.hidden[0], True), "teacher": Labels(m.ids(ignored=True))},
-    "teacher labels smoothed": lambda m: {"student": m.logits(True), "teacher": Labels(m.ids(), 0.2), "temperature": 2.0},
+    "teacher labels smoothed": lambda m: {
+        "student": m.logits(True),
+        "teacher": Labels(m.ids(), 0.2),
+        "temperature": 2.0,
+    },
     "batched heads": _batched,
     "weighted sum": lambda m: _heads(
         m, divergence=0.3 * divergences.ForwardKL() + m.uniform(0.2, 1.0) * divergences.JensenShannon(0.3)
@@ -284,7 +306,8 @@ def kd_inputs(
 ) -> dict[str, Any]:
     """Keyword arguments of :func:`fastkd.kd_loss` for a named feature of ``KD_FEATURES``.
 
-    The default sizes are an odd number of tokens and a vocabulary that no tile divides; ``overrides`` replace arguments.
+    The default sizes are an odd number of tokens and a vocabulary that no tile divides. ``overrides`` replace
+    arguments.
     """
     if feature not in KD_FEATURES:
         raise ValueError(f"feature must be one of {list(KD_FEATURES)}, got {feature!r}")

@@ -1,0 +1,210 @@
+"""Chunks of tokens, and a source at work on them: a GEMM (or a view) gives its raw logits, two GEMMs fold their
+gradient into dhidden and dweight. GEMMs are torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastkd.problem import Side, accumulation
+
+CHUNK_BYTES = 32 * 2**20  # of logits a source, where the number of tokens that gives lies in the range below
+CHUNK_TOKENS = (256, 1024)  # fewer drown in the accumulation of dweight, more gain nothing
+PART_BYTES = 4 * 2**20  # of a partial dweight, so that it is accumulated from cache
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Heads [start, stop) with all their tokens, or the tokens `rows` of one head."""
+
+    start: int
+    stop: int
+    rows: slice | Tensor
+
+    def take(self, x: Tensor) -> Tensor:
+        """x [B, N, ...] -> [n, ...] of one head, or [heads, N, ...] of several."""
+        return x[self.start : self.stop] if self.stop - self.start > 1 else x[self.start][self.rows]
+
+    def vector(self, x: Tensor) -> Tensor:
+        """x [B, N, ...] -> [n, ...], contiguous."""
+        x = self.take(x)
+        return (x.flatten(0, 1) if self.stop - self.start > 1 else x).contiguous()
+
+
+def chunk_tokens(vocab: int, itemsize: int) -> int:
+    """How many tokens at a time, by default."""
+    low, high = CHUNK_TOKENS
+    return min(max(CHUNK_BYTES // (vocab * itemsize), low), high)
+
+
+def chunks(batch: int, tokens: int, size: int, live: Tensor | None) -> Iterator[Chunk]:
+    """All tokens, or those that are live [B, N], at most `size` at a time."""
+    if live is None and batch > 1 and 2 * tokens <= size:
+        group = size // tokens
+        for b in range(0, batch, group):
+            yield Chunk(b, min(b + group, batch), slice(None))
+        return
+    for b in range(batch):
+        listed = None if live is None else live[b].nonzero().squeeze(-1)
+        count = tokens if listed is None else listed.numel()
+        for n in range(0, count, size):
+            stop = min(n + size, count)
+            yield Chunk(b, b + 1, slice(n, stop) if listed is None else listed[n:stop])
+
+
+class Dense:
+    """A source at work: gives chunks of raw logits, and folds their gradients."""
+
+    def __init__(
+        self,
+        side: Side,
+        x: Tensor,
+        w: Tensor | None,
+        b: Tensor | None,
+        needs: Sequence[bool],
+        rows: ModuleType,
+        whole: bool = True,
+    ) -> None:
+        """``whole``: will every token be visited?"""
+        self.x, self.rows, self.is_head = x, rows, w is not None
+        self.w = None if w is None else w.to(side.compute_dtype)
+        self.b = None if b is None else b.to(side.compute_dtype)
+        self.dtype = x.dtype if w is None else side.compute_dtype
+        self.needs = tuple(needs)
+        self.vocab = x.shape[-1] if w is None else w.shape[-2]
+        self.dx = rows.empty(x.shape, x.dtype, x.device) if needs[0] else None
+        if self.dx is not None and not whole:
+            self.dx.zero_()
+        self.dw = Accumulated(w, self.dtype, rows) if w is not None and needs[1] else None
+        self.db = (
+            torch.zeros(b.shape, dtype=accumulation(b.dtype), device=b.device) if b is not None and needs[2] else None
+        )
+        self.db_dtype = None if b is None else b.dtype
+        self.buffer = torch.empty(0, dtype=self.dtype, device=x.device)
+
+    def logits(self, chunk: Chunk) -> Tensor:
+        """Raw rows [n, V]: in a buffer that lives until the next chunk, or a view of logits, not to be written."""
+        x = chunk.take(self.x)
+        if self.w is None:
+            x = x.flatten(0, -2)
+            return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+        x, w, b = x.to(self.dtype), self._of(self.w, chunk), None if self.b is None else self._of(self.b, chunk)
+        out = self._scratch(x.shape[:-1].numel()).view(*x.shape[:-1], self.vocab)
+        if x.dim() == 2:
+            torch.mm(x, w.t(), out=out) if b is None else torch.addmm(b, x, w.t(), out=out)
+        elif b is None:
+            torch.bmm(x, w.transpose(1, 2), out=out)
+        else:
+            torch.baddbmm(b.unsqueeze(1), x, w.transpose(1, 2), out=out)
+        return out.view(-1, self.vocab)
+
+    def _scratch(self, n: int) -> Tensor:
+        if self.buffer.numel() < n * self.vocab:
+            self.buffer = self.rows.empty((n * self.vocab,), self.dtype, self.x.device)
+        return self.buffer[: n * self.vocab].view(n, self.vocab)
+
+    def _of(self, w: Tensor, chunk: Chunk) -> Tensor:
+        """The head's part for this chunk: [V, D], or [heads, V, D]."""
+        if w.shape[0] == 1:
+            return w[0] if chunk.stop - chunk.start == 1 else w.expand(chunk.stop - chunk.start, *w.shape[1:])
+        return w[chunk.start : chunk.stop] if chunk.stop - chunk.start > 1 else w[chunk.start]
+
+    def gradient(self, chunk: Chunk, raw: Tensor) -> Tensor | None:
+        """Where the row op writes: over a head's own logits, or into the gradient of given logits."""
+        if not any(self.needs):
+            return None
+        if self.is_head:
+            return raw
+        assert self.dx is not None
+        if isinstance(chunk.rows, slice):
+            return chunk.take(self.dx).flatten(0, -2)
+        return self._scratch(raw.shape[0])
+
+    def fold(self, chunk: Chunk, g: Tensor) -> None:
+        """dx = G W, dW += G^T x, db += sum G; for logits dx = G."""
+        if self.w is None:
+            if not isinstance(chunk.rows, slice):
+                assert self.dx is not None
+                self.dx[chunk.start].index_copy_(0, chunk.rows, g)
+            return
+        x = chunk.take(self.x).to(self.dtype)
+        g = g.view(*x.shape[:-1], self.vocab)
+        if self.dx is not None:
+            w, direct = self._of(self.w, chunk), isinstance(chunk.rows, slice) and self.dx.dtype == self.dtype
+            out = chunk.take(self.dx) if direct else None
+            dx = torch.matmul(g, w, out=out)
+            if not direct and isinstance(chunk.rows, slice):
+                chunk.take(self.dx).copy_(dx)
+            elif not direct:
+                self.dx[chunk.start].index_copy_(0, chunk.rows, dx.to(self.dx.dtype))
+        if self.dw is not None:
+            self.dw.add(chunk, g, x)
+        if self.db is not None:
+            if g.dim() == 3 and self.db.shape[0] > 1:
+                self.db[chunk.start : chunk.stop] += g.sum(1, dtype=self.db.dtype)
+            else:
+                self.db[chunk.start if self.db.shape[0] > 1 else 0] += g.flatten(0, -2).sum(0, dtype=self.db.dtype)
+
+    def grads(self) -> list[Tensor]:
+        db = None if self.db is None or self.db_dtype is None else self.db.to(self.db_dtype)
+        dw = None if self.dw is None else self.dw.finish()
+        return [t for t in (self.dx, dw, db) if t is not None]
+
+
+class Accumulated:
+    """dW [B or 1, V, D]: a sum over chunks kept in float32 (float64), cast once."""
+
+    def __init__(self, w: Tensor, compute: torch.dtype, rows: ModuleType) -> None:
+        self.wide, self.compute, self.rows = accumulation(w.dtype), compute, rows
+        self.out = rows.empty(w.shape, w.dtype, w.device)
+        self.acc = self.out if w.dtype == self.wide else rows.empty(w.shape[1:], self.wide, w.device)
+        self.written = [False] * w.shape[0]
+        self.open: int | None = None  # the head whose sum is in acc and not yet in out
+
+    def add(self, chunk: Chunk, g: Tensor, x: Tensor) -> None:
+        if g.dim() == 3 and len(self.written) > 1:  # several heads, each seen once and whole
+            self._whole(self.out[chunk.start : chunk.stop], g, x)
+            self.written[chunk.start : chunk.stop] = [True] * (chunk.stop - chunk.start)
+            return
+        if g.dim() == 3:
+            g, x = g.flatten(0, 1), x.flatten(0, 1)
+        index = chunk.start if len(self.written) > 1 else 0
+        if self.open not in (None, index):
+            self._close()
+        acc = self.out[index] if self.acc is self.out else self.acc
+        self._partial(acc, g, x, first=not self.written[index])
+        self.written[index] = True
+        self.open = index
+
+    def _whole(self, out: Tensor, g: Tensor, x: Tensor) -> None:
+        if out.dtype == self.compute:
+            torch.bmm(g.transpose(1, 2), x, out=out)
+        else:
+            out.copy_(torch.bmm(g.transpose(1, 2), x))
+
+    def _partial(self, acc: Tensor, g: Tensor, x: Tensor, first: bool) -> None:
+        if self.compute == self.wide:
+            torch.mm(g.t(), x, out=acc) if first else acc.addmm_(g.t(), x)
+            return
+        step = max(PART_BYTES // (x.shape[1] * x.element_size()), 64)
+        part = torch.empty(min(step, acc.shape[0]), x.shape[1], dtype=self.compute, device=x.device)
+        for v in range(0, acc.shape[0], step):
+            block = acc[v : v + step]
+            torch.mm(g[:, v : v + step].t(), x, out=part[: block.shape[0]])
+            self.rows.accumulate(block, part[: block.shape[0]], first)
+
+    def _close(self) -> None:
+        if self.acc is not self.out and self.open is not None:
+            self.out[self.open].copy_(self.acc)
+
+    def finish(self) -> Tensor:
+        self._close()
+        for index, written in enumerate(self.written):
+            if not written:
+                self.out[index].zero_()
+        return self.out
