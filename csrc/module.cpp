@@ -97,9 +97,14 @@ void stats(int64_t n, int64_t vocab, SourceTuple s, MatrixTuple g, std::tuple<ui
                  at<float>(lse), at<float>(entropy), at<float>(top), at<int64_t>(argmax), threads});
 }
 
-void accumulate(uintptr_t acc, uintptr_t part, int dtype, int64_t n, bool first, int threads) {
+void accumulate(uintptr_t acc, uintptr_t low, uintptr_t part, int dtype, int64_t n, bool first, int threads) {
   py::gil_scoped_release release;
-  active->accumulate({at<float>(acc), at<const void>(part), dtype, n, first, threads});
+  active->accumulate({at<void>(acc), at<uint16_t>(low), at<const void>(part), dtype, n, first, threads});
+}
+
+void round_halves(uintptr_t high, uintptr_t low, int64_t n, int threads) {
+  py::gil_scoped_release release;
+  active->round_halves({at<void>(high), at<uint16_t>(low), nullptr, BFloat16, n, false, threads});
 }
 
 double kl_div_sum(uintptr_t x, uintptr_t t, int dtype, int64_t n, bool log_target, int threads) {
@@ -136,6 +141,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("select", selected);
   m.def("stats", stats);
   m.def("accumulate", accumulate);
+  m.def("round_halves", round_halves);
   m.def("kl_div_sum", kl_div_sum);
   m.def("kl_div_grad", kl_div_grad);
   m.def("advise_huge", advise_huge);

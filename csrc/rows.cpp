@@ -474,6 +474,8 @@ void stats(const StatsArgs& a) {
   }
 }
 
+float join(uint16_t high, uint16_t low) { return bits_to_float((uint32_t)high << 16 | low); }
+
 void accumulate(const AccumulateArgs& a) {
 #pragma omp parallel num_threads(a.threads)
   {
@@ -481,14 +483,35 @@ void accumulate(const AccumulateArgs& a) {
 #pragma omp for schedule(static)
     for (int64_t v = 0; v < a.n; v += TILE) {
       const int64_t n = smaller(TILE, a.n - v);
-      if (a.first) {
-        load(a.part, a.dtype, v, n, a.acc + v);
+      load(a.part, a.dtype, v, n, part);
+      if (a.low == nullptr) {
+        float* acc = (float*)a.acc + v;
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) acc[i] = a.first ? part[i] : acc[i] + part[i];
         continue;
       }
-      load(a.part, a.dtype, v, n, part);
-      float* acc = a.acc + v;
+      uint16_t *high = (uint16_t*)a.acc + v, *low = a.low + v;
 #pragma omp simd
-      for (int64_t i = 0; i < n; i++) acc[i] += part[i];
+      for (int64_t i = 0; i < n; i++) {
+        const uint32_t u = float_to_bits(a.first ? part[i] : join(high[i], low[i]) + part[i]);
+        high[i] = (uint16_t)(u >> 16);
+        low[i] = (uint16_t)u;
+      }
+    }
+  }
+}
+
+void round_halves(const AccumulateArgs& a) {
+#pragma omp parallel num_threads(a.threads)
+  {
+    float sum[TILE];
+#pragma omp for schedule(static)
+    for (int64_t v = 0; v < a.n; v += TILE) {
+      const int64_t n = smaller(TILE, a.n - v);
+      uint16_t *high = (uint16_t*)a.acc + v, *low = a.low + v;
+#pragma omp simd
+      for (int64_t i = 0; i < n; i++) sum[i] = join(high[i], low[i]);
+      store(a.acc, BFloat16, v, n, sum);
     }
   }
 }
@@ -549,7 +572,7 @@ void kl_div_grad(const KLDivArgs& a) {
 
 }  // namespace
 
-extern const Kernels kernels = {FASTKD_STRING(FASTKD_ISA), divergence, select, stats, accumulate, kl_div_sum, kl_div_grad};
+extern const Kernels kernels = {FASTKD_STRING(FASTKD_ISA), divergence, select, stats, accumulate, round_halves, kl_div_sum, kl_div_grad};
 
 }  // namespace FASTKD_ISA
 }  // namespace fastkd

@@ -62,9 +62,10 @@ struct StatsArgs {
   int threads;
 };
 
-// acc = part or acc += part, element by element
+// acc = part or acc += part, element by element, in float32. With low, acc holds the upper and low the lower 16 bits.
 struct AccumulateArgs {
-  float* acc;
+  void* acc;
+  uint16_t* low;
   const void* part;
   int dtype;
   int64_t n;
@@ -89,6 +90,7 @@ struct Kernels {
   void (*select)(const SelectArgs&);
   void (*stats)(const StatsArgs&);
   void (*accumulate)(const AccumulateArgs&);
+  void (*round_halves)(const AccumulateArgs&);  // acc [n] bfloat16 = the float32 of acc and low
   double (*kl_div_sum)(const KLDivArgs&);
   void (*kl_div_grad)(const KLDivArgs&);
 };

@@ -55,8 +55,8 @@ def _fused_why_not(spec: Spec, tensors: Tensors) -> str | None:
         named = {
             "temperature": a.s_temperature,
             "teacher_temperature": a.t_temperature,
+            "label_weight": a.label_weight,  # before the weights, which it enters
             "the divergence's weights": a.term_weights,
-            "label_weight": a.label_weight,
             **{f"the target's tensor {i}": x for i, x in enumerate(a.target)},
         }
         if spec.target is not None and any(x is not None and x.requires_grad for x in (a.t_x, a.t_w, a.t_b)):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastkd.problem import Side, accumulation
+from fastkd.rows_torch import Sum
 
 CHUNK_BYTES = 32 * 2**20  # of logits a source, where the number of tokens that gives lies in the range below
 CHUNK_TOKENS = (256, 1024)  # fewer drown in the accumulation of dweight, more gain nothing
@@ -68,9 +69,10 @@ class Dense:
         b: Tensor | None,
         needs: Sequence[bool],
         rows: ModuleType,
+        size: int,
         whole: bool = True,
     ) -> None:
-        """``whole``: will every token be visited?"""
+        """``size``: tokens in a chunk at most; ``whole``: will every token be visited?"""
         self.x, self.rows, self.is_head = x, rows, w is not None
         self.w = None if w is None else w.to(side.compute_dtype)
         self.b = None if b is None else b.to(side.compute_dtype)
@@ -80,7 +82,7 @@ class Dense:
         self.dx = rows.empty(x.shape, x.dtype, x.device) if needs[0] else None
         if self.dx is not None and not whole:
             self.dx.zero_()
-        self.dw = Accumulated(w, self.dtype, rows) if w is not None and needs[1] else None
+        self.dw = Accumulated(w, self.dtype, rows, self._single(w, size)) if w is not None and needs[1] else None
         self.db = (
             torch.zeros(b.shape, dtype=accumulation(b.dtype), device=b.device) if b is not None and needs[2] else None
         )
@@ -107,6 +109,10 @@ class Dense:
         if self.buffer.numel() < n * self.vocab:
             self.buffer = self.rows.empty((n * self.vocab,), self.dtype, self.x.device)
         return self.buffer[: n * self.vocab].view(n, self.vocab)
+
+    def _single(self, w: Tensor, size: int) -> bool:
+        """Is each head seen in one chunk?"""
+        return self.x.shape[1] <= size and (self.x.shape[0] == 1 or w.shape[0] > 1)
 
     def _of(self, w: Tensor, chunk: Chunk) -> Tensor:
         """The head's part for this chunk: [V, D], or [heads, V, D]."""
@@ -157,52 +163,49 @@ class Dense:
 
 
 class Accumulated:
-    """dW [B or 1, V, D]: a sum over chunks kept in float32 (float64), cast once."""
+    """dW [B or 1, V, D]: for each head a sum over chunks, kept in float32 (float64) and rounded once."""
 
-    def __init__(self, w: Tensor, compute: torch.dtype, rows: ModuleType) -> None:
-        self.wide, self.compute, self.rows = accumulation(w.dtype), compute, rows
+    def __init__(self, w: Tensor, compute: torch.dtype, rows: ModuleType, single: bool) -> None:
+        self.compute, self.rows, self.single = compute, rows, single
         self.out = rows.empty(w.shape, w.dtype, w.device)
-        self.acc = self.out if w.dtype == self.wide else rows.empty(w.shape[1:], self.wide, w.device)
         self.written = [False] * w.shape[0]
-        self.open: int | None = None  # the head whose sum is in acc and not yet in out
+        self.sum: Sum | None = None  # of the head that was written last
 
     def add(self, chunk: Chunk, g: Tensor, x: Tensor) -> None:
+        """+= G^T x"""
         if g.dim() == 3 and len(self.written) > 1:  # several heads, each seen once and whole
-            self._whole(self.out[chunk.start : chunk.stop], g, x)
+            self.out[chunk.start : chunk.stop] = torch.bmm(g.transpose(1, 2), x)
             self.written[chunk.start : chunk.stop] = [True] * (chunk.stop - chunk.start)
             return
         if g.dim() == 3:
             g, x = g.flatten(0, 1), x.flatten(0, 1)
         index = chunk.start if len(self.written) > 1 else 0
-        if self.open not in (None, index):
+        first, self.written[index] = not self.written[index], True
+        out = self.out[index]
+        if self.single and out.dtype == self.compute:
+            torch.mm(g.t(), x, out=out)
+            return
+        if first:
             self._close()
-        acc = self.out[index] if self.acc is self.out else self.acc
-        self._partial(acc, g, x, first=not self.written[index])
-        self.written[index] = True
-        self.open = index
-
-    def _whole(self, out: Tensor, g: Tensor, x: Tensor) -> None:
-        if out.dtype == self.compute:
-            torch.bmm(g.transpose(1, 2), x, out=out)
-        else:
-            out.copy_(torch.bmm(g.transpose(1, 2), x))
-
-    def _partial(self, acc: Tensor, g: Tensor, x: Tensor, first: bool) -> None:
-        if self.compute == self.wide:
-            torch.mm(g.t(), x, out=acc) if first else acc.addmm_(g.t(), x)
+            self.sum = self.rows.Sum(out)
+        assert self.sum is not None
+        wide = self.sum.wide
+        if wide is not None and wide.dtype == self.compute:
+            torch.mm(g.t(), x, out=wide) if first else wide.addmm_(g.t(), x)
             return
         step = max(PART_BYTES // (x.shape[1] * x.element_size()), 64)
-        part = torch.empty(min(step, acc.shape[0]), x.shape[1], dtype=self.compute, device=x.device)
-        for v in range(0, acc.shape[0], step):
-            block = acc[v : v + step]
-            torch.mm(g[:, v : v + step].t(), x, out=part[: block.shape[0]])
-            self.rows.accumulate(block, part[: block.shape[0]], first)
+        part = torch.empty(min(step, g.shape[1]), x.shape[1], dtype=self.compute, device=x.device)
+        for v in range(0, g.shape[1], step):
+            block = part[: min(step, g.shape[1] - v)]
+            torch.mm(g[:, v : v + step].t(), x, out=block)
+            self.sum.add(v, block, first)
 
     def _close(self) -> None:
-        if self.acc is not self.out and self.open is not None:
-            self.out[self.open].copy_(self.acc)
+        if self.sum is not None:
+            self.sum.close()
 
     def finish(self) -> Tensor:
+        """dW; a head that no token reached has none."""
         self._close()
         for index, written in enumerate(self.written):
             if not written:

@@ -31,10 +31,9 @@ def print_tables(result: Result) -> None:
     console.print(cost_table(result))
     difference = result["relative_difference"]
     if difference is not None:
-        print(
-            f"The two losses differ by {difference['first']:.1e} of their value at the first step, from equal weights, "
-            f"and by at most\n{difference['largest']:.1e} later, as {result['dtype']} rounding feeds back through training."
-        )
+        first, largest = difference["first"], difference["largest"]
+        print(f"The losses differ by {first:.1e} of their value at the first step, from equal weights, and by at most")
+        print(f"{largest:.1e} at any step, as {result['dtype']} rounding feeds back through training.")
     print(machine_line(result["environment"]))
 
 
@@ -70,8 +69,8 @@ def cost_table(result: Result) -> Any:
     for name, values, form in (
         ("loss, forward + backward", [median(run["loss_ms"]) for run in runs], "{:.0f} ms"),
         ("whole step", [median(run["step_ms"]) for run in runs], "{:.0f} ms"),
-        ("peak extra memory of the loss", [megabytes(run["peak_extra_bytes"]) for run in runs], "{:.0f} MB"),
-        ("of which dH and dW", [megabytes(result["gradient_bytes"]) for _ in runs], "{:.0f} MB"),
+        ("peak extra memory of the loss", [megabytes(run["peak_extra_bytes"]) for run in runs], "{:.0f} MiB"),
+        ("of which dH and dW", [megabytes(result["gradient_bytes"]) for _ in runs], "{:.0f} MiB"),
     ):
         cells = [NOT_MEASURED if value is None else form.format(value) for value in values]
         table.add_row(name, *cells, *(times(*values) for _ in ratio))
@@ -156,7 +155,7 @@ def draw_costs(panels: Any, result: Result) -> None:
         panels[1].set_axis_off()
         panels[1].text(0.5, 0.5, f"memory\n{NOT_MEASURED}", ha="center", transform=panels[1].transAxes)
     else:
-        bars(panels[1], "peak extra memory\nof the loss, MB", names, memory, colours, "{:.0f}")
+        bars(panels[1], "peak extra memory\nof the loss, MiB", names, memory, colours, "{:.0f}")
 
 
 def bars(axes: Any, title: str, names: Any, values: Any, colours: Any, form: str) -> None:

@@ -40,12 +40,12 @@ def _kd(
     if live is not None and live.numel() == 1:
         live = live.expand(factor.shape)
     listed = None if a.s_w is None and a.t_w is None else live  # of given logits the row op passes over ignored rows
-    student = Dense(spec.student, a.s_x, a.s_w, a.s_b, needs[1:4], rows, listed is None)
+    size = _size(spec, spec.student, a.s_x, a.s_w)
+    student = Dense(spec.student, a.s_x, a.s_w, a.s_b, needs[1:4], rows, size, listed is None)
     teacher = None
     if spec.teacher is not None and a.t_x is not None:
-        teacher = Dense(spec.teacher, a.t_x, a.t_w, a.t_b, needs[4:7], rows, listed is None)
+        teacher = Dense(spec.teacher, a.t_x, a.t_w, a.t_b, needs[4:7], rows, size, listed is None)
     loss = torch.zeros(factor.shape, dtype=factor.dtype, device=factor.device)
-    size = spec.chunk or chunk_tokens(spec.vocab, student.dtype.itemsize)
     batch, tokens = factor.shape
     for chunk in chunks(batch, tokens, size, listed):
         s = student.logits(chunk)
@@ -175,14 +175,20 @@ def _walk(
     spec: Any, x: Tensor, w: Tensor | None, b: Tensor | None, needs: Sequence[bool], row_op: Callable[..., None]
 ) -> list[Tensor]:
     rows = _rows(spec)
-    source = Dense(spec.student, x, w, b, needs[:3], rows)
-    for chunk in chunks(x.shape[0], x.shape[1], spec.chunk or chunk_tokens(spec.vocab, source.dtype.itemsize), None):
+    size = _size(spec, spec.student, x, w)
+    source = Dense(spec.student, x, w, b, needs[:3], rows, size)
+    for chunk in chunks(x.shape[0], x.shape[1], size, None):
         raw = source.logits(chunk)
         g = source.gradient(chunk, raw)
         row_op(rows, chunk, raw, g)
         if g is not None:
             source.fold(chunk, g)
     return source.grads()
+
+
+def _size(spec: Any, side: Side, x: Tensor, w: Tensor | None) -> int:
+    """Tokens in a chunk."""
+    return spec.chunk or chunk_tokens(spec.vocab, (x.dtype if w is None else side.compute_dtype).itemsize)
 
 
 def _rows(spec: Spec) -> ModuleType:

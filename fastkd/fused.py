@@ -1,8 +1,8 @@
 """One autograd rule and one library op for every fused op: `fastkd::fused(tensors, cotangents, needs, spec)`.
 
-Eager calls, torch.func and torch.compile all go through the same `autograd.Function` to the same op. A scalar loss knows
-its cotangent up to one factor, so its gradients are made in the forward; other outputs are recomputed in the backward.
-Further derivatives, and forward mode, are those of the definition (logits in memory).
+Eager calls, torch.func and torch.compile all go through the same `autograd.Function` to the same op. A scalar loss
+knows its cotangent up to one factor, so its gradients are made in the forward; other outputs are recomputed in the
+backward. Further derivatives, and forward mode, are those of the definition (logits in memory).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def apply(spec: Spec, tensors: Tensors, backend: str | None) -> tuple[Tensor, ..
 
 
 def traceable(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of keywords as one call that torch.compile does not look into: AOTAutograd traces it to the library op.
+    """`function` of keywords as one call that torch.compile does not look into, and AOTAutograd traces.
 
     Such calls take no None; a word stands for it on the way. Numbers that are not sizes of tensors are held constant.
     """
@@ -96,7 +96,8 @@ def _made_in_forward(spec: Spec, tensors: Tensors) -> tuple[bool, ...]:
     none = (False,) * len(tensors)
     if not isinstance(spec, KD) or not spec.total or not torch.is_grad_enabled():
         return none
-    dtypes = {t.dtype for t in tensors if t is not None} | {side.compute_dtype for side in (spec.student, spec.teacher) if side}
+    dtypes = {t.dtype for t in tensors if t is not None}
+    dtypes |= {side.compute_dtype for side in (spec.student, spec.teacher) if side is not None}
     if torch.float16 in dtypes or torch._C._are_functorch_transforms_active():
         return none
     return tuple(t is not None and t.requires_grad for t in tensors)
@@ -134,7 +135,8 @@ class Fused(torch.autograd.Function):
         n, needs = len(ctx.made), tuple(ctx.needs_input_grad[2:])
         if not any(needs):
             return (None,) * (n + 2)
-        tensors, grads = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint allows no second look
+        tensors, grads = saved[:n], saved[n:]
         again = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
         if any(ctx.made) and not again and _is_one(cotangents[0]):  # the saved gradients, not to be used again
             grads = _needed(_spread(grads, ctx.made), needs)
@@ -170,7 +172,8 @@ class Gradients(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         cotangents, tensors, grads = flat[:count], flat[count : count + len(made)], flat[count + len(made) :]
         if any(made):
-            (g,) = cotangents
+            g = cotangents[0]
+            assert g is not None
             return tuple((x * g).to(x.dtype) for x in _needed(_spread(grads, made), needs))
         if any(needs[SERVED[type(spec)] :]):  # grad of vmap hides from the choice of the backend what requires grad
             return _gradients(spec, needs, count)(*cotangents, *tensors)
@@ -241,7 +244,7 @@ def _pushforward(function: Callable[..., tuple[Tensor, ...]], args: Tensors, tan
     with forward_ad._set_fwd_grad_enabled(True):
         primals = tuple(None if a is None else forward_ad.unpack_dual(a, level=0).primal for a in args)
         of_free, xs = _at(function, primals, free)
-        outputs, pull = torch.func.vjp(of_free, *xs)
+        outputs, pull = torch.func.vjp(of_free, *xs)[:2]
         return torch.func.vjp(pull, tuple(map(torch.zeros_like, outputs)))[1](tuple(_needed(tangents, free)))[0]
 
 

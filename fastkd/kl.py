@@ -31,10 +31,10 @@ def kl_div(
 
     reduced by "none", "sum", "mean" (over all elements: rarely what you want) or "batchmean" (by ``input.size(0)``).
 
-    On the CPU a reduced float32, bfloat16 or float16 loss is summed in one pass, in float32, without the array of terms;
-    every other call is torch's own. Gradients reach ``input`` and ``target``; double backward, forward mode, vmap and
-    torch.compile work as in torch. Where torch gives NaN, two values are limits: a log-target of -inf counts 0 in loss
-    and gradients, and the gradient with respect to a target of 0 is -inf.
+    On the CPU a reduced float32, bfloat16 or float16 loss is summed in one pass, in float32, without the array of
+    terms; every other call is torch's own. Gradients reach ``input`` and ``target``; double backward, forward mode,
+    vmap and torch.compile work as in torch. Where torch gives NaN, two values are limits: a log-target of -inf counts 0
+    in loss and gradients, and the gradient with respect to a target of 0 is -inf.
 
     Args:
         input: log-probabilities [...].

@@ -21,7 +21,6 @@ from fastkd.targets import Target
 __all__ = ["kd_loss"]
 
 Source = Tensor | Head
-NO_SOURCE = (None, None, None)
 
 
 def kd_loss(
@@ -138,17 +137,10 @@ def _kd_loss(
         label_smoothing=compared.smoothing,
         label_tempered=t is None,
     )
-    tensors = KDTensors(
-        _factor(row, weights, mask, reduction, num_tokens),
-        *s.tensors(row),
-        *(t.tensors(row) if t is not None else NO_SOURCE),
-        s_temperature=s_temperature,
-        t_temperature=t_temperature,
-        term_weights=compared.term_weights,
-        labels=ids,
-        label_weight=compared.label_weight,
-        target=target_tensors,
-    )
+    factor = _factor(row, weights, mask, reduction, num_tokens)
+    sources = *s.tensors(row), *((None, None, None) if t is None else t.tensors(row))
+    settings = s_temperature, t_temperature, compared.term_weights, ids, compared.label_weight
+    tensors = KDTensors._make((factor, *sources, *settings, target_tensors))
     (out,) = apply(spec, tensors.flat(), backend)
     return out if spec.total else out.reshape(row.lead)
 

@@ -14,6 +14,8 @@ from fastkd.sources import Head, Labels
 
 __all__ = ["DistillLoss"]
 
+KEYWORDS = {name for name, p in inspect.signature(kd_loss).parameters.items() if p.kind is p.KEYWORD_ONLY}
+
 
 class DistillLoss(torch.nn.Module):
     """:func:`fastkd.kd_loss` with its settings given once. In plain PyTorch::
@@ -31,8 +33,7 @@ class DistillLoss(torch.nn.Module):
     def __init__(self, divergence: str | Divergence = "forward_kl", **settings: Any) -> None:
         super().__init__()
         get(divergence)
-        known = inspect.signature(kd_loss).parameters
-        unknown = set(settings) - {name for name, p in known.items() if p.kind is p.KEYWORD_ONLY}
+        unknown = set(settings) - KEYWORDS
         if unknown:
             raise TypeError(f"settings must be keywords of fastkd.kd_loss, got {sorted(unknown)}")
         self.divergence, self.settings = divergence, settings

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastkd import rows_torch
 from fastkd.backends import extension
 from fastkd.problem import Side
 from fastkd.rows_torch import Rows
@@ -21,6 +23,10 @@ def kinds() -> dict[str, int]:
     """The divergences that the C++ table has."""
     module = extension()[0]
     return {} if module is None else dict(module.KINDS)
+
+
+def _kernels() -> Any:
+    return extension()[0]
 
 
 def _matrix(x: Tensor | None) -> tuple[int, int, int, int]:
@@ -46,7 +52,7 @@ def divergence(s: Tensor, t: Tensor | None, g: Tensor | None, a: Rows) -> Tensor
     for d, w in zip(a.divergences, () if weights is None else weights, strict=True):
         p = (*d.params, 0.0, 0.0)
         terms.append((kinds()[d.name], p[0], p[1], w.data_ptr()))
-    extension()[0].divergence(  # type: ignore[union-attr]
+    _kernels().divergence(
         s.shape[0],
         a.vocab,
         (_matrix(s), a.student.logit_scale, a.student.softcap or 0.0, _at(ts)),
@@ -72,7 +78,7 @@ def select(
     out = torch.empty(ids.shape, dtype=torch.float32)
     ids, t, c = ids.to(torch.int64).contiguous(), _floats(temperature), _floats(cotangent)
     source = (_matrix(s), side.logit_scale, side.softcap or 0.0, _at(t))
-    extension()[0].select(  # type: ignore[union-attr]
+    _kernels().select(
         *(
             s.shape[0],
             vocab,
@@ -95,7 +101,7 @@ def stats(
     n = s.shape[0]
     out, argmax = torch.empty(3, n, dtype=torch.float32), torch.empty(n, dtype=torch.int64)
     t, given = _floats(temperature), [_floats(c) for c in cotangents or (None, None, None)]
-    extension()[0].stats(  # type: ignore[union-attr]
+    _kernels().stats(
         n,
         vocab,
         (_matrix(s), side.logit_scale, side.softcap or 0.0, _at(t)),
@@ -108,15 +114,36 @@ def stats(
     return out[0], out[1], out[2], argmax
 
 
-def accumulate(acc: Tensor, part: Tensor, first: bool) -> None:
-    """acc = part, or acc += part, where acc is float32 and part bfloat16 or float16; both contiguous."""
-    extension()[0].accumulate(  # type: ignore[union-attr]
-        *(acc.data_ptr(), part.data_ptr(), _DTYPES[part.dtype], part.numel(), first, torch.get_num_threads())
-    )
+class Sum(rows_torch.Sum):
+    """A float32 sum. That of a bfloat16 out is kept in two halves, so that it costs 2 bytes an element: the upper 16 bits
+    in out itself, the lower ones beside it."""
+
+    def __init__(self, out: Tensor) -> None:
+        self.low: Tensor | None = None
+        if out.dtype == torch.bfloat16:
+            self.out, self.wide, self.low = out, None, empty(out.shape, torch.int16, out.device)
+        else:
+            super().__init__(out)
+
+    def add(self, start: int, part: Tensor, first: bool) -> None:
+        """rows [start, start + n) += part [n, D]; = where first"""
+        high = self.out if self.wide is None else self.wide
+        low = None if self.low is None else self.low[start:]
+        _kernels().accumulate(
+            *(high[start:].data_ptr(), _at(low), part.data_ptr(), _DTYPES[part.dtype]),
+            *(part.numel(), first, torch.get_num_threads()),
+        )
+
+    def close(self) -> None:
+        """Round into out."""
+        if self.low is None:
+            super().close()
+        else:
+            _kernels().round_halves(self.out.data_ptr(), self.low.data_ptr(), self.out.numel(), torch.get_num_threads())  # type: ignore[union-attr]
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for a large result or buffer, in huge pages if the system grants them: its first touch is 4 x faster."""
     x = torch.empty(tuple(shape), dtype=dtype, device=device)
-    extension()[0].advise_huge(x.data_ptr(), x.nbytes)  # type: ignore[union-attr]
+    _kernels().advise_huge(x.data_ptr(), x.nbytes)
     return x

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastkd.divergences import Divergence, _times
-from fastkd.problem import Side
+from fastkd.problem import Side, accumulation
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,25 @@ def stats(
     return lse, entropy, top.values, top.indices
 
 
-def accumulate(acc: Tensor, part: Tensor, first: bool) -> None:
-    """acc = part, or acc += part, where acc is wider than part."""
-    acc.copy_(part) if first else acc.add_(part.to(acc.dtype))
+class Sum:
+    """out [V, D] = a sum of parts, in float32 (float64) until close()."""
+
+    wide: Tensor | None  # the running sum, where it is one tensor
+
+    def __init__(self, out: Tensor) -> None:
+        self.out, dtype = out, accumulation(out.dtype)
+        self.wide = out if out.dtype == dtype else empty(out.shape, dtype, out.device)
+
+    def add(self, start: int, part: Tensor, first: bool) -> None:
+        """rows [start, start + n) += part [n, D]; = where first"""
+        assert self.wide is not None
+        block = self.wide[start : start + part.shape[0]]
+        block.copy_(part) if first else block.add_(part.to(block.dtype))
+
+    def close(self) -> None:
+        """Round into out."""
+        if self.wide is not None and self.wide is not self.out:
+            self.out.copy_(self.wide)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from formulas import kl, materialise, per_token_kl
+from torch.utils import _pytree
 
 import fastkd
 from fastkd import Head, Labels, driver, targets, testing
@@ -265,7 +266,7 @@ def test_vocabularies_of_different_size(any_backend, larger, divergence, kind, s
     follows(any_backend, truncated, inputs, divergence=divergence, vocab="truncate")
 
     def padded(student, teacher):
-        z = [F.pad(materialise(x), (0, 53 - materialise(x).shape[-1]), value=-1e3) for x in (teacher, student)]
+        z = [F.pad(materialise(x), (0, 53 - materialise(x).shape[-1]), value=-300) for x in (teacher, student)]
         return term(*(x.softmax(-1) for x in z)).sum(-1).mean()
 
     infinite = {("student", "reverse_kl"), ("teacher", "forward_kl")}  # mass where the other has none
@@ -278,6 +279,10 @@ def test_vocabularies_of_different_size(any_backend, larger, divergence, kind, s
 # ---- target transforms, as the papers write them ----
 
 
+def frozen(inputs):
+    return inputs | {"teacher": _pytree.tree_map_only(torch.Tensor, torch.detach, inputs["teacher"])}
+
+
 def test_taid(any_backend, seed):
     t = torch.rand(11)
 
@@ -286,15 +291,8 @@ def test_taid(any_backend, seed):
         p = F.softmax(((1 - t[:, None]) * z_s.detach() + t[:, None] * z_t) / 1.5, -1)
         return kl(p, F.softmax(z_s / 1.5, -1)).sum(-1)
 
-    inputs = heads(seed)
-    inputs["teacher"] = testing._cast(inputs["teacher"], torch.float32)
-    teacher = Head(inputs["teacher"].hidden.detach(), inputs["teacher"].weight.detach())
-    inputs["teacher"] = teacher
+    inputs = frozen(heads(seed))
     follows(any_backend, recipe, inputs, target=targets.Interpolate(t), temperature=1.5, reduction="none")
-
-
-def frozen(inputs):
-    return inputs | {"teacher": inputs["teacher"].detach()}
 
 
 def test_ofa(any_backend, seed):
@@ -355,8 +353,7 @@ def test_noise_is_normal_and_belongs_to_its_token(any_backend, seed):
     follows(any_backend, recipe, frozen(batch(seed, 11)), target=targets.AddNoise(0.5, seed))
     w = torch.ones(11)
     w[:5] = 0
-    inputs = heads(seed)
-    inputs["teacher"] = Head(inputs["teacher"].hidden.detach(), inputs["teacher"].weight.detach())
+    inputs = frozen(heads(seed))
 
     def weighted(student, teacher):
         z = materialise(teacher)
@@ -408,7 +405,7 @@ def test_a_short_distillation_follows_the_recipe(any_backend, seed, monkeypatch)
     def curve(loss):
         torch.manual_seed(seed % 2**31)
         body, head = torch.nn.Linear(12, 24), torch.nn.Linear(24, 211)
-        optimizer = torch.optim.AdamW([*body.parameters(), *head.parameters()], lr=1e-2)
+        optimizer = torch.optim.AdamW([*body.parameters(), *head.parameters()], lr=3e-2)
         losses = []
         for _ in range(40):
             value = loss(Head(body(x).tanh(), head.weight, head.bias))
@@ -421,4 +418,4 @@ def test_a_short_distillation_follows_the_recipe(any_backend, seed, monkeypatch)
     fused = curve(lambda s: fastkd.kd_loss(s, teacher, temperature=2.0, t_squared=True, backend=any_backend))
     recipe = curve(lambda s: 4 * per_token_kl(s, teacher, 2.0).mean())
     torch.testing.assert_close(fused, recipe, rtol=2e-3, atol=0)
-    assert fused[-1] < fused[0] / 3
+    assert fused[-1] < fused[0] / 2

@@ -1,0 +1,79 @@
+"""phi and h of every divergence in Triton; fastkd/divergences.py is the definition, csrc/pointwise.h the C++ twin."""
+
+import triton
+import triton.language as tl
+
+# name in fastkd.divergences -> KIND
+KINDS = {
+    "forward_kl": 0,
+    "reverse_kl": 1,
+    "jensen_shannon": 2,
+    "skew_kl": 3,
+    "skew_reverse_kl": 4,
+    "total_variation": 5,
+    "squared_hellinger": 6,
+    "chi_square": 7,
+    "neyman_chi_square": 8,
+    "alpha_beta": 9,
+    "cross_entropy": 10,
+    "reverse_cross_entropy": 11,
+}
+
+
+@triton.jit
+def _times(p, x):
+    """p * x with 0 * anything = 0"""
+    return tl.where(p == 0, 0.0, p * x)
+
+
+@triton.jit
+def point(lp, lq, p, q, a, b, KIND: tl.constexpr):
+    """phi and h = d phi / d log q, elementwise; lp, lq log-probabilities, p, q their exponentials, a, b parameters."""
+    if KIND == 0:
+        phi = _times(p, lp - lq)
+        h = -p
+    elif KIND == 1:
+        phi = _times(q, lq - lp)
+        h = phi + q
+    elif KIND == 2:
+        lm = tl.log(a * p + (1 - a) * q)
+        h = (1 - a) * _times(q, lq - lm)
+        phi = a * _times(p, lp - lm) + h
+    elif KIND == 3:
+        m = a * p + (1 - a) * q
+        phi = _times(p, lp - tl.log(m))
+        h = -(1 - a) * _times(p, q / m)
+    elif KIND == 4:
+        m = a * q + (1 - a) * p
+        phi = _times(q, lq - tl.log(m))
+        h = phi + q - a * _times(q, q / m)
+    elif KIND == 5:
+        phi = 0.5 * tl.abs(p - q)
+        h = 0.5 * tl.where(p > q, -q, tl.where(p < q, q, 0.0 * (p - q)))
+    elif KIND == 6:
+        d = tl.sqrt(p) - tl.sqrt(q)
+        phi = 0.5 * d * d
+        h = -0.5 * tl.sqrt(q) * d
+    elif KIND == 7:
+        r = tl.exp(lp - lq)
+        phi = tl.where(p == 0, q, (p - q) * (r - 1))
+        h = tl.where(p == 0, q, q - p * r)
+    elif KIND == 8:
+        r = tl.exp(lq - lp)
+        phi = tl.where(q == 0, p, (q - p) * (r - 1))
+        h = 2 * _times(q, r - 1)
+    elif KIND == 9:
+        c = a + b
+        neither = (lp == -float("inf")) & (lq == -float("inf"))
+        cross = tl.exp(a * lp + b * lq)
+        own_q = tl.exp(c * lq)
+        phi = tl.where(neither, 0.0, (a / c * tl.exp(c * lp) + b / c * own_q - cross) / (a * b))
+        h = tl.where(neither, 0.0, (own_q - cross) / a)
+    elif KIND == 10:
+        phi = -_times(p, lq)
+        h = -p
+    else:
+        tl.static_assert(KIND == 11)
+        phi = -_times(q, lp)
+        h = phi
+    return phi, h
