@@ -1,7 +1,9 @@
 """The table of measured goals: one run, medians, side by side with plain PyTorch and with the bare GEMMs.
 
-python bench/goals.py              measure, write bench/results/cpu.json, renew the table in README.md
-python bench/goals.py --table      print the table of bench/results/cpu.json
+python bench/goals.py              measure, write bench/results/cpu.json, renew the tables in README.md
+python bench/goals.py --tables     renew the tables from bench/results/*.json and measure nothing
+
+The demo's table comes from bench/results/demo.json, a copy of what `make demo` writes.
 """
 
 from __future__ import annotations
@@ -23,9 +25,8 @@ from workloads import Heads, Logits, row_op
 import fastkd
 from fastkd import divergences
 
-RESULTS = Path(__file__).parent / "results" / "cpu.json"
+RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
-MARKS = "<!-- goals:begin -->", "<!-- goals:end -->"
 MAIN = {"n": 2048, "d": 1024, "v": 32000}  # the shape of the goals
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -120,19 +121,26 @@ def table(r: dict[str, Any]) -> str:
     def ratio(a: dict[str, float], b: dict[str, float]) -> str:
         return f"{a['median'] / b['median']:.2f} x"
 
+    def mib(count: int) -> str:
+        return f"{count / 2**20:,.0f} MiB"
+
     lines = ["| work, forward and backward | measured | goal |", "|---|---|---|"]
     shape = "N {n:,}, D {d:,}, V {v:,}".format(**MAIN)
     for name, limit in (("bf16", "1.25"), ("fp32", "1.2")):
         h, m = r["heads"][name], r["memory"][name]
-        small = m["fused"] - MAIN["v"] * MAIN["d"] * (2 if name == "bf16" else 4)
+        dw = MAIN["v"] * MAIN["d"] * (2 if name == "bf16" else 4)
+        beside = (
+            m["fused"] - MAIN["v"] * MAIN["d"] * 4
+        )  # dW is summed in float32: in bf16 in two halves, one of them dW
         lines += [
             f"| `kd_loss(Head, Head)`, {name}, {shape}: against its 4 bare GEMMs ({ms(h['gemms'])}) "
             f"| {ms(h['fused'])}, {ratio(h['fused'], h['gemms'])} | at most {limit} x |",
             f"| against `F.kl_div` in {name} ({ms(h['naive'])}; with logits in float32 {ms(h['naive_upcast'])}) "
             f"| {ratio(h['naive'], h['fused'])} and {ratio(h['naive_upcast'], h['fused'])} faster "
             f"| {'at least 4 x' if name == 'bf16' else ''} |",
-            f"| extra peak memory without dW, against `F.kl_div` ({m['naive'] / 2**20:,.0f} MiB, also without dW) "
-            f"| {small / 2**20:,.0f} MiB, 1/{(m['naive'] - m['fused'] + small) / small:.1f} "
+            f"| extra peak memory: {mib(m['fused'])}, of which dW and its float32 sum {mib(m['fused'] - beside)}; "
+            f"`F.kl_div` without dW {mib(m['naive'] - dw)}, with logits in float32 {mib(m['naive_upcast'] - dw)} "
+            f"| {mib(beside)}: 1/{(m['naive'] - dw) / beside:.1f} and 1/{(m['naive_upcast'] - dw) / beside:.1f} "
             f"| {'at most 1/8' if name == 'bf16' else ''} |",
             f'| `reduction="none"` against the scalar loss | {ratio(h["fused_none"], h["fused"])} | at most 1.6 x |',
         ]
@@ -150,9 +158,8 @@ def table(r: dict[str, Any]) -> str:
             f"| row op, {name}: the slowest divergence (`{slowest}`) against forward KL "
             f"| {ratio(d[slowest], d['forward_kl'])} | at most 2 x |"
         )
-    grown = ", ".join(
-        f"N {int(n):,}: {(b - int(n) * MAIN['d'] * 2) / 2**20:,.0f} MiB" for n, b in r["memory"]["against N"].items()
-    )
+    extra = {int(n): b - int(n) * MAIN["d"] * 2 for n, b in r["memory"]["against N"].items()}
+    grown = ", ".join(f"N {n:,}: {mib(b)}" for n, b in extra.items())
     lines.append(f"| extra peak memory of bf16 heads with dW, without dH | {grown} | flat |")
     m = r["machine"]
     lines.append(
@@ -162,27 +169,57 @@ def table(r: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def with_table(text: str, r: dict[str, Any]) -> str:
-    """A document with its table renewed."""
-    head, rest = text.split(MARKS[0])
-    return f"{head}{MARKS[0]}\n{table(r)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+def demo_table(r: dict[str, Any]) -> str:
+    """What `make demo` found, as a markdown table."""
+    fused, naive, before = r["runs"]["fused"], r["runs"]["naive"], r["before"]
+    after, other = fused["held_out"], naive["held_out"]
+    ms = {k: (statistics.median(run["loss_ms"]), statistics.median(run["step_ms"])) for k, run in r["runs"].items()}
+    peaks = [run["peak_extra_bytes"] / 2**20 for run in (fused, naive)]
+    difference, e = r["relative_difference"], r["environment"]
+    rows = [
+        f"| `make demo`: {len(r['layers']['kept'])} of SmolLM2-135M's {r['layers']['teacher']} layers, "
+        f"{r['settings']['steps']} steps | before | with `kd_loss` | with `F.kl_div` | teacher |",
+        "|---|---|---|---|---|",
+        f"| held-out KL(teacher, student), nats | {before['kl']:.3f} | {after['kl']:.3f} | {other['kl']:.3f} | 0 |",
+        f"| top-1 agreement | {before['top1']:.1%} | {after['top1']:.1%} | {other['top1']:.1%} | 100% |",
+        f"| perplexity | {before['perplexity']:.1f} | {after['perplexity']:.1f} | {other['perplexity']:.1f} "
+        f"| {before['teacher_perplexity']:.1f} |",
+        f"| loss, forward and backward | | {ms['fused'][0]:.0f} ms | {ms['naive'][0]:.0f} ms | |",
+        f"| whole training step | | {ms['fused'][1]:.0f} ms | {ms['naive'][1]:.0f} ms | |",
+        f"| peak extra memory of the loss | | {peaks[0]:.0f} MiB | {peaks[1]:.0f} MiB | |",
+    ]
+    note = (
+        f"\n{r['tokens']['per_step']:,} tokens a step, vocabulary {r['vocabulary']:,}, {r['dtype']}; medians over the "
+        f"steps. The two runs' losses differ by {difference['first']:.0e} of their value at the first step and by "
+        f"at most {difference['largest']:.0e} later, as {r['dtype']} rounding feeds back through training. {e['cpu']}, "
+        f"{e['threads']} threads; torch {e['torch']}, Python {e['python']}; {r['seconds']:.0f} s in all."
+    )
+    return "\n".join([*rows, note])
+
+
+def with_tables(text: str) -> str:
+    """A document with its tables renewed from the stored results."""
+    for name, file, form in (("goals", "cpu.json", table), ("demo", "demo.json", demo_table)):
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        before, rest = text.split(begin)
+        new = form(json.loads((RESULTS / file).read_text()))
+        text = f"{before}{begin}\n{new}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default: %(default)s)")
-    parser.add_argument(
-        "--table", action="store_true", help="print the table of the stored results and measure nothing"
-    )
+    parser.add_argument("--tables", action="store_true", help="renew the tables from the stored results")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
         print(measure_peak(args.peak[0], args.peak[1], int(args.peak[2])))
         return
-    if not args.table:
-        RESULTS.write_text(json.dumps(measure(args.rounds), indent=1) + "\n")
-        README.write_text(with_table(README.read_text(), json.loads(RESULTS.read_text())))
-    print(table(json.loads(RESULTS.read_text())))
+    if not args.tables:
+        (RESULTS / "cpu.json").write_text(json.dumps(measure(args.rounds), indent=1) + "\n")
+    README.write_text(with_tables(README.read_text()))
+    print(table(json.loads((RESULTS / "cpu.json").read_text())))
 
 
 if __name__ == "__main__":

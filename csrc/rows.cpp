@@ -128,6 +128,7 @@ float largest(const Source& src, int64_t row, int64_t vocab, float* tile) {
 }
 
 constexpr float LOG2E = 1.44269504088896341f;
+constexpr double LN2 = 0.693147180559945309;
 
 // A row's softmax: x = (z - top) * inv, probability e^x / sum
 struct Softmax {
@@ -169,12 +170,12 @@ void exponentials(const Source& src, int64_t row, int64_t vocab, Softmax& s, flo
   s.sum = sum;
 }
 
-// Both softmaxes: e^x in es, e^y in et (reverse KL: x - y), their sums; and for the closed forms the sum of the
+// Both softmaxes: e^x in es, e^y in et (reverse KL: (x - y) / ln 2), their sums; and for the closed forms the sum of the
 // divergence's terms without the logarithms of those sums.
 template <Kind K, bool NORMALIZED>
 double both_sums(const DivergenceArgs& a, int64_t r, Softmax& s, Softmax& t, Scratch& w) {
   double ls = 0, lt = 0, cross = 0;
-  const float ms = s.top, mt = t.top, is = s.inv, it = t.inv;
+  const float ms = s.top, mt = t.top, is = s.inv * LOG2E, it = t.inv * LOG2E;
   for (int64_t v = 0; v < a.vocab; v += TILE) {
     const int64_t n = smaller(TILE, a.vocab - v);
     const float *zs = load_logits(a.s, r, v, n, w.zs), *zt = load_logits(a.t, r, v, n, w.zt);
@@ -182,24 +183,20 @@ double both_sums(const DivergenceArgs& a, int64_t r, Softmax& s, Softmax& t, Scr
     float p1 = 0, p2 = 0, p3 = 0;
 #pragma omp simd reduction(+ : p1, p2, p3)
     for (int64_t i = 0; i < n; i++) {
-      const float x = (zs[i] - ms) * is, y = (zt[i] - mt) * it;
-      const float q = fastkd_exp2(x * LOG2E), p = NORMALIZED ? fastkd_exp2(y * LOG2E) : fastkd_exp(y);
+      const float x = (zs[i] - ms) * is, y = (zt[i] - mt) * it;  // in units of ln 2
+      const float q = fastkd_exp2(x), p = fastkd_exp2(NORMALIZED ? y : 128.f < y ? 128.f : y);
       p1 += q;
       p2 += p;
       es[i] = q;
-      if constexpr (K == Kind::ReverseKL) {
-        p3 += q == 0.f ? 0.f : q * (x - y);
-        et[i] = x - y;
-      } else {
-        if constexpr (K == Kind::ForwardKL) p3 += p == 0.f ? 0.f : p * (y - x);
-        if constexpr (K == Kind::CrossEntropy) p3 += p == 0.f ? 0.f : -p * x;
-        et[i] = p;
-      }
+      et[i] = K == Kind::ReverseKL ? x - y : p;
+      if constexpr (K == Kind::ForwardKL) p3 += p == 0.f ? 0.f : p * (y - x);
+      if constexpr (K == Kind::ReverseKL) p3 += q == 0.f ? 0.f : q * (x - y);
+      if constexpr (K == Kind::CrossEntropy) p3 += p == 0.f ? 0.f : -p * x;
     }
     ls += p1, lt += p2, cross += p3;
   }
   s.sum = ls, t.sum = lt;
-  return cross;
+  return cross * LN2;
 }
 
 // One divergence on a tile: h[0..n) += weight * h, and the sums of phi and of h.
@@ -268,7 +265,7 @@ void closed_row(const DivergenceArgs& a, int64_t r, float weight, Row& row, Scra
     row.cs = c * (float)(row.t.sum / row.s.sum), row.ct = -c;
   } else if (K == Kind::ReverseKL) {  // q (log q - log p - KL)
     loss = cross / row.s.sum - ls + lt;
-    row.cs = c * row.s.scale(), row.shift = (float)(loss + ls - lt);
+    row.cs = c * row.s.scale() * (float)LN2, row.shift = (float)((loss + ls - lt) / LN2);
   } else {  // q - p
     loss = cross / row.t.sum + ls - (K == Kind::ForwardKL ? lt : 0);
     row.cs = c * row.s.scale(), row.ct = -c * row.t.scale();

@@ -16,12 +16,11 @@ FASTKD_INLINE uint32_t float_to_bits(float f) {
   return i;
 }
 
-// 2^x: n = round(x) sits in the low bits of x + 1.5 * 2^23 + 127, where the exponent is taken from; x - n is exact; the
-// polynomial is minimax for 2^f on [-1/2, 1/2] with 2^0 = 1.
+// 2^x for x <= 128: n = round(x) sits in the low bits of x + 1.5 * 2^23 + 127, where the exponent is taken from; x - n is
+// exact; the polynomial is minimax for 2^f on [-1/2, 1/2] with 2^0 = 1. n = -127 makes the factor 0, n = 128 infinity.
 FASTKD_INLINE float fastkd_exp2(float x) {
-  const float low = -126.f, high = 128.f, magic = 12582912.f + 127.f;
-  float y = x < low ? low : x;  // NaN stays NaN
-  y = y > high ? high : y;      // 2^128 comes out as infinity
+  const float low = -127.f, magic = 12582912.f + 127.f;
+  const float y = low > x ? low : x;  // NaN stays NaN
   const float t = y + magic;
   const float f = y - (t - magic);
   float p = 1.5353354683611542e-4f;
@@ -31,10 +30,13 @@ FASTKD_INLINE float fastkd_exp2(float x) {
   p = p * f + 2.4022647738456726e-1f;
   p = p * f + 6.931471824645996e-1f;
   p = p * f + 1.0f;
-  return x < low ? 0.f : p * bits_to_float(float_to_bits(t) << 23);
+  return p * bits_to_float(float_to_bits(t) << 23);
 }
 
-FASTKD_INLINE float fastkd_exp(float x) { return fastkd_exp2(x * 1.44269504088896341f); }
+FASTKD_INLINE float fastkd_exp(float x) {
+  const float y = x * 1.44269504088896341f;
+  return fastkd_exp2(128.f < y ? 128.f : y);
+}
 
 // x >= 0; 0 gives -inf
 FASTKD_INLINE float fastkd_log(float x) {

@@ -175,7 +175,7 @@ class Gradients(torch.autograd.Function):
             g = cotangents[0]
             assert g is not None
             return tuple((x * g).to(x.dtype) for x in _needed(_spread(grads, made), needs))
-        if any(needs[SERVED[type(spec)] :]):  # grad of vmap hides from the choice of the backend what requires grad
+        if _not_served(spec, needs):  # grad of vmap hides from the choice of the backend what requires grad
             return _gradients(spec, needs, count)(*cotangents, *tensors)
         return _op(spec, tensors, cotangents, needs)[driver.count(spec) :]
 
@@ -202,6 +202,12 @@ class Gradients(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         return _looped(Gradients.apply, info, in_dims, args)
+
+
+def _not_served(spec: Spec, needs: tuple[bool, ...]) -> bool:
+    """Does a gradient lie outside what the row ops give (see backends.py)?"""
+    through_target = isinstance(spec, KD) and spec.target is not None and any(needs[4:7])
+    return through_target or any(needs[SERVED[type(spec)] :])
 
 
 def _is_one(g: Tensor | None) -> bool:

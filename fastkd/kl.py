@@ -45,15 +45,12 @@ def kl_div(
     Raises:
         What ``F.kl_div`` raises.
     """
-    if not _fits(input, target):
+    if size_average is not None or reduce is not None or not _fits(input, target):
         return F.kl_div(input, target, size_average, reduce, reduction, log_target)
-    legacy = size_average is not None or reduce is not None
-    if legacy:
-        reduction = F._Reduction.legacy_get_string(size_average, reduce)  # type: ignore[attr-defined]
-    divisor = {"sum": 1, "mean": input.numel(), "batchmean": input.shape[0] if input.dim() else 1}.get(reduction)
-    if not divisor or (reduction == "batchmean" and input.dim() == 0):
+    divisor = {"sum": 1, "mean": input.numel(), "batchmean": input.shape[0] if input.dim() else None}.get(reduction)
+    if divisor is None:
         return F.kl_div(input, target, reduction=reduction, log_target=log_target)
-    if reduction == "mean" and not legacy:
+    if reduction == "mean":
         warnings.warn(
             "reduction: 'mean' divides the total loss by both the batch size and the support size."
             "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
@@ -69,6 +66,8 @@ def _fits(x: Any, t: Any) -> bool:
         return False
     if x.shape != t.shape or x.dtype != t.dtype or x.dtype not in rows_cpu._DTYPES or not x.numel():
         return False
+    if x.dtype != torch.float32 and torch.is_autocast_enabled("cpu"):
+        return False  # torch gives float32
     level = torch.autograd.forward_ad._current_level
     return level < 0  # inside a dual level there may be tangents, which torch's own ops carry
 

@@ -115,8 +115,8 @@ def stats(
 
 
 class Sum(rows_torch.Sum):
-    """A float32 sum. That of a bfloat16 out is kept in two halves, so that it costs 2 bytes an element: the upper 16 bits
-    in out itself, the lower ones beside it."""
+    """A float32 sum. That of a bfloat16 out is kept in two halves, so that it costs 2 bytes an element: the upper 16
+    bits in out itself, the lower ones beside it."""
 
     def __init__(self, out: Tensor) -> None:
         self.low: Tensor | None = None
@@ -139,7 +139,7 @@ class Sum(rows_torch.Sum):
         if self.low is None:
             super().close()
         else:
-            _kernels().round_halves(self.out.data_ptr(), self.low.data_ptr(), self.out.numel(), torch.get_num_threads())  # type: ignore[union-attr]
+            _kernels().round_halves(self.out.data_ptr(), self.low.data_ptr(), self.out.numel(), torch.get_num_threads())
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -24,6 +24,15 @@ def heads(h, w, b, ht, wt):
     return Head(h, w, b, softcap=3.0, logit_scale=1.3), Head(ht, wt)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The problems are tiny and many: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # each op as a function of the same five tensors
 OPS = {
     "mean": lambda *a, **k: fastkd.kd_loss(*heads(*a), temperature=1.5, t_squared=True, **k),

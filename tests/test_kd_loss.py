@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import fastkd
-from fastkd import Head, chunks, driver, testing
+from fastkd import Head, chunks, testing
 from fastkd import divergences as D
 from fastkd.problem import accumulation
 
@@ -140,7 +140,9 @@ def test_the_reference_follows_the_formulas(name, seed):
     ],
 )
 def test_sizes(engine, dtype, divergence, tokens, vocab, hidden, seed):
-    inputs = testing.kd_inputs("both receive gradients", tokens=tokens, vocab=vocab, hidden=hidden, dtype=dtype, seed=seed)
+    inputs = testing.kd_inputs(
+        "both receive gradients", tokens=tokens, vocab=vocab, hidden=hidden, dtype=dtype, seed=seed
+    )
     check({**inputs, "divergence": divergence}, backend=engine, chunk_tokens=4)
 
 

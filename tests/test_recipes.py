@@ -10,7 +10,7 @@ from formulas import kl, materialise, per_token_kl
 from torch.utils import _pytree
 
 import fastkd
-from fastkd import Head, Labels, driver, targets, testing
+from fastkd import Head, Labels, chunks, targets, testing
 from fastkd import divergences as D
 
 
@@ -254,7 +254,10 @@ def test_in_batch_similarity(any_backend, seed):
 def test_vocabularies_of_different_size(any_backend, larger, divergence, kind, seed):
     """truncate: the first entries of both, renormalised. pad: entries that one lacks have logit -inf, never 0."""
     sizes = {"student": 40, "teacher": 40, larger: 53}
-    inputs = {s: heads(seed, vocab=v, bias=True)[s] if kind == "heads" else batch(seed, 11, vocab=v)[s] for s, v in sizes.items()}
+    inputs = {
+        s: heads(seed, vocab=v, bias=True)[s] if kind == "heads" else batch(seed, 11, vocab=v)[s]
+        for s, v in sizes.items()
+    }
     with pytest.raises(ValueError, match=f"same vocabulary, got {sizes['student']} and {sizes['teacher']}"):
         fastkd.kd_loss(**inputs, backend=any_backend)
     term = formulas.FORMULAS[divergence][1]
@@ -398,7 +401,7 @@ def test_distillm_as_in_its_code(any_backend, seed):
 
 def test_a_short_distillation_follows_the_recipe(any_backend, seed, monkeypatch):
     """The loss curves agree, and they fall."""
-    monkeypatch.setattr(driver, "CHUNK_TOKENS", (16, 16))
+    monkeypatch.setattr(chunks, "CHUNK_TOKENS", (16, 16))
     m = testing._Maker(48, 211, (24, 32), torch.float32, seed, "cpu")
     x, teacher = m.normal(48, 12, grad=False), m.head(32, False)
 
