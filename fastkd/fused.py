@@ -138,9 +138,8 @@ class Fused(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: torch.utils.checkpoint allows no second look
         tensors, grads = saved[:n], saved[n:]
         again = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
-        if any(ctx.made) and not again and _is_one(cotangents[0]):  # the saved gradients, not to be used again
-            grads = _needed(_spread(grads, ctx.made), needs)
-        else:
+        # gradients made in the forward are those of `needs`; they may go as they are where nobody uses them again
+        if not any(ctx.made) or again or not _is_one(cotangents[0]):
             given = [
                 torch.zeros(shape, dtype=dtype, device=device) if g is None else g
                 for g, (shape, dtype, device) in zip(cotangents, ctx.like, strict=False)
@@ -174,7 +173,7 @@ class Gradients(torch.autograd.Function):
         if any(made):
             g = cotangents[0]
             assert g is not None
-            return tuple((x * g).to(x.dtype) for x in _needed(_spread(grads, made), needs))
+            return tuple((x * g).to(x.dtype) for x in grads if x is not None)
         if _not_served(spec, needs):  # grad of vmap hides from the choice of the backend what requires grad
             return _gradients(spec, needs, count)(*cotangents, *tensors)
         return _op(spec, tensors, cotangents, needs)[driver.count(spec) :]

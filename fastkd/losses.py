@@ -259,4 +259,4 @@ def _target(target: Target | None, row: PerToken) -> tuple[str | None, str, tupl
         numbers[field.name] = None if isinstance(value, Tensor) else value
         if isinstance(value, Tensor):
             tensors.append(row(f"target.{field.name}", value))
-    return type(target).__name__, json.dumps(numbers), tuple(tensors)
+    return target.key(), json.dumps(numbers), tuple(tensors)

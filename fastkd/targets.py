@@ -33,7 +33,12 @@ class Target:
     normalized: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
-        REGISTRY[cls.__name__] = cls
+        REGISTRY[cls.key()] = cls
+
+    @classmethod
+    def key(cls) -> str:
+        """The name under which the class travels to the op."""
+        return f"{cls.__module__}.{cls.__qualname__}"
 
     def __call__(self, teacher: Tensor, student: Tensor, temperature: Tensor, token: Tensor) -> Tensor:
         """teacher, student: effective logits [n, V]; temperature [n, 1]; token [n]: index of each row in the batch.

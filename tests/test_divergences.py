@@ -1,4 +1,4 @@
-"""Every divergence as a pointwise function: h is phi's derivative, the roles exchange, the tables agree, -inf is defined."""
+"""Every divergence, pointwise: h is phi's derivative, the roles exchange, the tables agree, -inf has its limit."""
 
 import math
 import os
@@ -205,7 +205,7 @@ def test_a_divergence_of_your_own():
         expected = -(x.softmax(-1) * y.softmax(-1)).sum(-1).mean()
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(expected, x))
-        with pytest.raises(ValueError, match="'cpu' cannot serve .*'test_overlap' has no entry in its table"):
+        with pytest.raises(ValueError, match=r"'cpu' cannot serve .*'test_overlap' has no entry in its table"):
             fastkd.kd_loss(x, y, "test_overlap", backend="cpu")
         with pytest.raises(ValueError, match="name of its own, got 'test_overlap'"):
             D.register(Overlap)

@@ -1,4 +1,4 @@
-"""One table of edges in the values, for every op on every backend: infinities, NaN, huge logits, extreme temperatures."""
+"""One table of edges for every op on every backend: infinities, NaN, huge logits, extreme temperatures."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -218,6 +218,7 @@ def test_selected_log_probs_refuses(any_backend, what):
     refuses(fastkd.selected_log_probs, {"source": X, "backend": any_backend}, bad, *expected)
 
 
+@pytest.mark.filterwarnings("ignore:reduction. 'mean'")
 def test_kl_div_refuses_what_torch_refuses():
     for bad in ({"reduction": "avg"}, {"target": Y[:, :3]}):
         arguments = {"input": X.log_softmax(-1), "target": Y.softmax(-1)} | bad

@@ -18,7 +18,7 @@ INF, NAN = torch.inf, torch.nan
 
 @dataclass(frozen=True)
 class Op:
-    """``make(maker)`` gives the arguments of ``call``, every float leaf requiring grad; results have leading [tokens]."""
+    """``make(maker)`` gives the arguments of ``call``, every float leaf requiring grad."""
 
     make: Callable
     call: Callable
