@@ -335,7 +335,7 @@ def own_target():
             ) * torch.arange(teacher.shape[-1], device=teacher.device)
 
     yield Agree
-    del targets.REGISTRY["Agree"]
+    del targets.REGISTRY[Agree.key()]
 
 
 @pytest.mark.parametrize("weights", [False, True])
