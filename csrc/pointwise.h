@@ -31,6 +31,9 @@ enum class Kind : int {
 #undef X
 };
 
+// a mixture of p and q, such that its logarithm is finite
+FASTKD_FN float mixed(float m) { return m < 1.17549435e-38f ? 1.17549435e-38f : m; }
+
 struct Point {
   float phi, h;
 };
@@ -43,27 +46,29 @@ FASTKD_FN Point point(float lp, float lq, float p, float q, float a, float b) {
   } else if constexpr (K == Kind::ReverseKL) {
     return {q == 0.f ? 0.f : q * (lq - lp), q == 0.f ? 0.f : q * (lq - lp + 1.f)};
   } else if constexpr (K == Kind::JensenShannon) {
-    const float c = 1.f - a, lm = FASTKD_LOG(a * p + c * q);
+    const float c = 1.f - a, lm = FASTKD_LOG(mixed(a * p + c * q));
     const float right = q == 0.f ? 0.f : c * q * (lq - lm);
     return {(p == 0.f ? 0.f : a * p * (lp - lm)) + right, right};
   } else if constexpr (K == Kind::SkewKL) {
-    const float c = 1.f - a, m = a * p + c * q;
+    const float c = 1.f - a, m = mixed(a * p + c * q);
     return {p == 0.f ? 0.f : p * (lp - FASTKD_LOG(m)), p == 0.f ? 0.f : -c * p * (q / m)};
   } else if constexpr (K == Kind::SkewReverseKL) {
-    const float m = a * q + (1.f - a) * p, phi = q == 0.f ? 0.f : q * (lq - FASTKD_LOG(m));
+    const float m = mixed(a * q + (1.f - a) * p), phi = q == 0.f ? 0.f : q * (lq - FASTKD_LOG(m));
     return {phi, q == 0.f ? 0.f : phi + q - a * q * (q / m)};
   } else if constexpr (K == Kind::TotalVariation) {
-    const float d = p - q;
-    return {0.5f * (d < 0.f ? -d : d), d > 0.f ? -0.5f * q : d < 0.f ? 0.5f * q : 0.f * d};
+    const float d = p - q, e = 1e-6f * q;  // equal but for rounding: 0
+    return {0.5f * (d < 0.f ? -d : d), d > e ? -0.5f * q : d < -e ? 0.5f * q : 0.f * d};
   } else if constexpr (K == Kind::SquaredHellinger) {
     const float root = FASTKD_SQRT(q), d = FASTKD_SQRT(p) - root;
     return {0.5f * d * d, -0.5f * root * d};
   } else if constexpr (K == Kind::ChiSquare) {
-    const float r = FASTKD_EXP(lp - lq);  // not p / q: q may underflow where p^2 / q does not overflow
-    return {p == 0.f ? q : (p - q) * (r - 1.f), p == 0.f ? q : q - p * r};
+    const float x = lp - lq, ppq = FASTKD_EXP(2.f * lp - lq);  // p^2 / q, where p and q may underflow
+    const float near = p == 0.f ? q : (p - q) * (FASTKD_EXP(x) - 1.f);
+    return {x > 1.f ? ppq - 2.f * p + q : near, p == 0.f && !(x > 1.f) ? q : q - ppq};
   } else if constexpr (K == Kind::NeymanChiSquare) {
-    const float r = FASTKD_EXP(lq - lp);
-    return {q == 0.f ? p : (q - p) * (r - 1.f), q == 0.f ? 0.f : 2.f * q * (r - 1.f)};
+    const float x = lq - lp, qqp = FASTKD_EXP(2.f * lq - lp), r = FASTKD_EXP(x) - 1.f;
+    const bool far = x > 1.f, none = q == 0.f;
+    return {far ? qqp - 2.f * q + p : none ? p : (q - p) * r, far ? 2.f * (qqp - q) : none ? 0.f : 2.f * q * r};
   } else if constexpr (K == Kind::AlphaBeta) {
     const float c = a + b, cross = FASTKD_EXP(a * lp + b * lq), pc = FASTKD_EXP(c * lp), qc = FASTKD_EXP(c * lq);
     const bool neither = lp == -__builtin_inff() && lq == -__builtin_inff();

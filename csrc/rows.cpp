@@ -203,7 +203,8 @@ double both_sums(const DivergenceArgs& a, int64_t r, Softmax& s, Softmax& t, Scr
 template <Kind K>
 void tile_point(const Term& term, float weight, int64_t n, const Softmax& s, const Softmax& t, const float* zs,
                 const float* zt, const float* es, const float* et, float* h, double& loss, double& total) {
-  const float a = term.a, b = term.b, ls = s.log_sum(), lt = t.log_sum(), rs = s.scale(), rt = t.scale();
+  const float a = term.a, b = term.b, ls = s.log_sum(), lt = t.log_sum();
+  const float rs = (float)std::exp(-(double)ls), rt = (float)std::exp(-(double)lt);  // p = e^lp also to ls's rounding
   const float ms = s.top, mt = t.top, is = s.inv, it = t.inv;
   float sum_phi = 0, sum_h = 0;
 #pragma omp simd reduction(+ : sum_phi, sum_h)

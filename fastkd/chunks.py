@@ -14,7 +14,7 @@ from torch import Tensor
 from fastkd.problem import Side, accumulation
 from fastkd.rows_torch import Sum
 
-CHUNK_BYTES = 32 * 2**20  # of logits a source, where the number of tokens that gives lies in the range below
+CHUNK_LOGITS = 2**24  # of a source, where the number of tokens that gives lies in the range below
 CHUNK_TOKENS = (256, 1024)  # fewer drown in the accumulation of dweight, more gain nothing
 PART_BYTES = 4 * 2**20  # of a partial dweight, so that it is accumulated from cache
 
@@ -37,15 +37,15 @@ class Chunk:
         return (x.flatten(0, 1) if self.stop - self.start > 1 else x).contiguous()
 
 
-def chunk_tokens(vocab: int, itemsize: int) -> int:
+def chunk_tokens(vocab: int) -> int:
     """How many tokens at a time, by default."""
     low, high = CHUNK_TOKENS
-    return min(max(CHUNK_BYTES // (vocab * itemsize), low), high)
+    return min(max(CHUNK_LOGITS // vocab, low), high)
 
 
 def chunks(batch: int, tokens: int, size: int, live: Tensor | None) -> Iterator[Chunk]:
     """All tokens, or those that are live [B, N], at most `size` at a time."""
-    if live is None and batch > 1 and 2 * tokens <= size:
+    if live is None and batch > 1 and 0 < 2 * tokens <= size:
         group = size // tokens
         for b in range(0, batch, group):
             yield Chunk(b, min(b + group, batch), slice(None))

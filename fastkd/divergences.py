@@ -282,11 +282,14 @@ class ChiSquare(Divergence):
 
     def phi(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         neither, log_p, log_q = _both(log_p, log_q)
-        return ((log_p.exp() - log_q.exp()) * ((log_p - log_q).exp() - 1)).masked_fill(neither, 0.0)
+        p, q, x = log_p.exp(), log_q.exp(), log_p - log_q
+        near = (p - q) * x.clamp(max=1.0).expm1()
+        far = (2 * log_p - log_q).exp() - 2 * p + q  # no 0 * inf where both underflow
+        return torch.where(x > 1, far, near).masked_fill(neither, 0.0)
 
     def h(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         neither, log_p, log_q = _both(log_p, log_q)
-        return (log_q.exp() - _times(log_p.exp(), (log_p - log_q).exp())).masked_fill(neither, 0.0)
+        return (log_q.exp() - (2 * log_p - log_q).exp()).masked_fill(neither, 0.0)
 
     @property
     def exchanged(self) -> Divergence:
@@ -305,7 +308,7 @@ class NeymanChiSquare(Divergence):
 
     def h(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         neither, log_p, log_q = _both(log_p, log_q)
-        return _times(log_q.exp(), 2 * (log_q - log_p).exp() - 2).masked_fill(neither, 0.0)
+        return (2 * (2 * log_q - log_p).exp() - 2 * log_q.exp()).masked_fill(neither, 0.0)
 
     @property
     def exchanged(self) -> Divergence:

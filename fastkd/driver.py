@@ -40,7 +40,7 @@ def _kd(
     if live is not None and live.numel() == 1:
         live = live.expand(factor.shape)
     listed = None if a.s_w is None and a.t_w is None else live  # of given logits the row op passes over ignored rows
-    size = _size(spec, spec.student, a.s_x, a.s_w)
+    size = spec.chunk or chunk_tokens(spec.vocab)
     student = Dense(spec.student, a.s_x, a.s_w, a.s_b, needs[1:4], rows, size, listed is None)
     teacher = None
     if spec.teacher is not None and a.t_x is not None:
@@ -175,7 +175,7 @@ def _walk(
     spec: Any, x: Tensor, w: Tensor | None, b: Tensor | None, needs: Sequence[bool], row_op: Callable[..., None]
 ) -> list[Tensor]:
     rows = _rows(spec)
-    size = _size(spec, spec.student, x, w)
+    size = spec.chunk or chunk_tokens(spec.vocab)
     source = Dense(spec.student, x, w, b, needs[:3], rows, size)
     for chunk in chunks(x.shape[0], x.shape[1], size, None):
         raw = source.logits(chunk)
@@ -184,11 +184,6 @@ def _walk(
         if g is not None:
             source.fold(chunk, g)
     return source.grads()
-
-
-def _size(spec: Any, side: Side, x: Tensor, w: Tensor | None) -> int:
-    """Tokens in a chunk."""
-    return spec.chunk or chunk_tokens(spec.vocab, (x.dtype if w is None else side.compute_dtype).itemsize)
 
 
 def _rows(spec: Spec) -> ModuleType:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ def _kd_loss(
     chunk_tokens: int | None,
     backend: str | None,
 ) -> Tensor:
-    _check_settings(reduction, vocab, chunk_tokens, num_tokens)
+    _check_settings(reduction, vocab, chunk_tokens, num_tokens, target)
     s = DenseSource("student", student)
     t = None if isinstance(teacher, Labels) else DenseSource("teacher", teacher)
     row = PerToken.of(s, t)
@@ -148,12 +148,14 @@ def _kd_loss(
 _traced = traceable(_kd_loss)
 
 
-def _check_settings(reduction: str, vocab: str, chunk_tokens: int | None, num_tokens: float | Tensor | None) -> None:
+def _check_settings(reduction: Any, vocab: Any, chunk_tokens: Any, num_tokens: Any, target: Any) -> None:
     checks.is_one_of("reduction", reduction, ("none", "sum", "mean", "batchmean"))
     checks.is_one_of("vocab", vocab, ("error", "truncate", "pad"))
     checks.chunk_tokens(chunk_tokens)
     if num_tokens is not None and reduction != "mean":
         raise ValueError(f"num_tokens is the divisor of reduction='mean', got reduction={reduction!r}")
+    if target is not None and not isinstance(target, Target):
+        raise TypeError(f"target must be a fastkd.targets.Target, got {type(target).__name__}")
 
 
 class _Compared(NamedTuple):
@@ -251,8 +253,6 @@ def _target(target: Target | None, row: PerToken) -> tuple[str | None, str, tupl
     """A target transform as its class, its numbers as JSON, and its tensor fields [B, N]."""
     if target is None:
         return None, "{}", ()
-    if not isinstance(target, Target):
-        raise TypeError(f"target must be a fastkd.targets.Target, got {type(target).__name__}")
     numbers, tensors = {}, []
     for field in fields(target):
         value = getattr(target, field.name)

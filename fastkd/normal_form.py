@@ -116,6 +116,7 @@ class PerToken:
     size: tuple[int, int]  # B, N
     dtype: torch.dtype
     device: torch.device
+    owner: str  # whose device and leading dimensions these are
 
     @classmethod
     def of(cls, s: DenseSource, t: DenseSource | None = None) -> PerToken:
@@ -127,15 +128,16 @@ class PerToken:
         batch = s.batch or (t is not None and t.batch)
         size = (math.prod(s.lead[:-1]), s.lead[-1]) if batch else (1, math.prod(s.lead))
         dtypes = [accumulation(x.x.dtype) for x in (s, t) if x is not None]
-        return cls(s.lead, size, torch.promote_types(dtypes[0], dtypes[-1]), s.x.device)
+        return cls(s.lead, size, torch.promote_types(dtypes[0], dtypes[-1]), s.x.device, s.name)
 
     def __call__(self, name: str, value: Any, *, above: float = -math.inf) -> Tensor:
         if not isinstance(value, Tensor):
             value = checks.finite_number(name, value, above=above)
             return torch.full((), value, dtype=self.dtype, device=self.device).expand(self.size)
         self.check_device(name, value)
-        if value.dtype == torch.bool or not value.dtype.is_complex:
-            value = value.to(self.dtype)
+        if value.dtype.is_complex:
+            raise TypeError(f"{name} must be real, got {value.dtype}")
+        value = value.to(self.dtype)
         if above > -math.inf and checks.readable(value):
             checks.all_values(name, f"finite and above {above:g}", value, (value > above) & (value < math.inf))
         if value.dim() == 0:
@@ -145,10 +147,10 @@ class PerToken:
 
     def check_device(self, name: str, value: Tensor) -> None:
         if value.device != self.device:
-            raise ValueError(f"{name} must be on the student's device {self.device}, got {value.device}")
+            raise ValueError(f"{name} must be on the {self.owner}'s device {self.device}, got {value.device}")
 
     def ids(self, name: str, value: Any) -> Tensor:
         """Class indices [...]."""
         self.check_device(name, checks.is_index(name, value))
-        checks.has_shape(name, value, self.lead, " like the student's leading dimensions")
+        checks.has_shape(name, value, self.lead, f" like the {self.owner}'s leading dimensions")
         return value

@@ -36,15 +36,15 @@ def point(lp, lq, p, q, a, b, KIND: tl.constexpr):
         phi = _times(q, lq - lp)
         h = phi + q
     elif KIND == 2:
-        lm = tl.log(a * p + (1 - a) * q)
+        lm = tl.log(tl.maximum(a * p + (1 - a) * q, 1.17549435e-38))
         h = (1 - a) * _times(q, lq - lm)
         phi = a * _times(p, lp - lm) + h
     elif KIND == 3:
-        m = a * p + (1 - a) * q
+        m = tl.maximum(a * p + (1 - a) * q, 1.17549435e-38)
         phi = _times(p, lp - tl.log(m))
         h = -(1 - a) * _times(p, q / m)
     elif KIND == 4:
-        m = a * q + (1 - a) * p
+        m = tl.maximum(a * q + (1 - a) * p, 1.17549435e-38)
         phi = _times(q, lq - tl.log(m))
         h = phi + q - a * _times(q, q / m)
     elif KIND == 5:
@@ -55,13 +55,17 @@ def point(lp, lq, p, q, a, b, KIND: tl.constexpr):
         phi = 0.5 * d * d
         h = -0.5 * tl.sqrt(q) * d
     elif KIND == 7:
-        r = tl.exp(lp - lq)
-        phi = tl.where(p == 0, q, (p - q) * (r - 1))
-        h = tl.where(p == 0, q, q - p * r)
+        x = lp - lq
+        ppq = tl.exp(2 * lp - lq)  # p^2 / q, where p and q may underflow
+        near = tl.where(p == 0, q, (p - q) * (tl.exp(x) - 1))
+        phi = tl.where(x > 1, ppq - 2 * p + q, near)
+        h = tl.where(x > 1, q - ppq, tl.where(p == 0, q, q - ppq))
     elif KIND == 8:
-        r = tl.exp(lq - lp)
-        phi = tl.where(q == 0, p, (q - p) * (r - 1))
-        h = 2 * _times(q, r - 1)
+        x = lq - lp
+        qqp = tl.exp(2 * lq - lp)  # q^2 / p
+        r = tl.exp(x) - 1
+        phi = tl.where(x > 1, qqp - 2 * q + p, tl.where(q == 0, p, (q - p) * r))
+        h = tl.where(x > 1, 2 * (qqp - q), 2 * _times(q, r))
     elif KIND == 9:
         c = a + b
         neither = (lp == -float("inf")) & (lq == -float("inf"))
