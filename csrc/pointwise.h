@@ -71,8 +71,9 @@ FASTKD_FN Point point(float lp, float lq, float p, float q, float a, float b) {
     return {far ? qqp - 2.f * q + p : none ? p : (q - p) * r, far ? 2.f * (qqp - q) : none ? 0.f : 2.f * q * r};
   } else if constexpr (K == Kind::AlphaBeta) {
     const float c = a + b, cross = FASTKD_EXP(a * lp + b * lq), pc = FASTKD_EXP(c * lp), qc = FASTKD_EXP(c * lq);
+    const float over_a = 1.f / a, over_ab = 1.f / (a * b), share = a / c;
     const bool neither = lp == -__builtin_inff() && lq == -__builtin_inff();
-    return {neither ? 0.f : ((a / c) * pc + (b / c) * qc - cross) / (a * b), neither ? 0.f : (qc - cross) / a};
+    return {neither ? 0.f : (share * pc + (1.f - share) * qc - cross) * over_ab, neither ? 0.f : (qc - cross) * over_a};
   } else if constexpr (K == Kind::CrossEntropy) {
     return {p == 0.f ? 0.f : -p * lq, -p};
   } else {

@@ -199,8 +199,8 @@ double both_sums(const DivergenceArgs& a, int64_t r, Softmax& s, Softmax& t, Scr
   return cross * LN2;
 }
 
-// One divergence on a tile: h[0..n) += weight * h, and the sums of phi and of h.
-template <Kind K>
+// One divergence on a tile: h[0..n) = weight * h (FIRST), or += ; and the sums of phi and of h. h may be et.
+template <Kind K, bool FIRST>
 void tile_point(const Term& term, float weight, int64_t n, const Softmax& s, const Softmax& t, const float* zs,
                 const float* zt, const float* es, const float* et, float* h, double& loss, double& total) {
   const float a = term.a, b = term.b, ls = s.log_sum(), lt = t.log_sum();
@@ -212,7 +212,7 @@ void tile_point(const Term& term, float weight, int64_t n, const Softmax& s, con
     const Point f = point<K>((zt[i] - mt) * it - lt, (zs[i] - ms) * is - ls, et[i] * rt, es[i] * rs, a, b);
     sum_phi += f.phi;
     sum_h += f.h;
-    h[i] += weight * f.h;
+    h[i] = FIRST ? weight * f.h : h[i] + weight * f.h;
   }
   loss += (double)weight * sum_phi;
   total += (double)weight * sum_h;
@@ -224,21 +224,25 @@ void general_sums(const DivergenceArgs& a, int64_t r, const Softmax& s, const So
   for (int64_t v = 0; v < a.vocab; v += TILE) {
     const int64_t n = smaller(TILE, a.vocab - v);
     const float *zs = load_logits(a.s, r, v, n, w.zs), *zt = load_logits(a.t, r, v, n, w.zt);
-    __builtin_memset(w.grad, 0, n * sizeof(float));
+    float *es = w.es + v, *et = w.et + v, *h = a.term_count == 1 ? et : w.grad;
+    bool first = true;
     for (int k = 0; k < a.term_count; k++) {
       const Term& term = a.terms[k];
       const float weight = term.weight[r];
       if (weight == 0.f) continue;
       switch ((Kind)term.kind) {
-#define X(name, id)                                                                                                   \
-  case Kind::id:                                                                                                      \
-    tile_point<Kind::id>(term, weight, n, s, t, zs, zt, w.es + v, w.et + v, w.grad, loss, total);             \
+#define X(name, id)                                                                              \
+  case Kind::id:                                                                                 \
+    first ? tile_point<Kind::id, true>(term, weight, n, s, t, zs, zt, es, et, h, loss, total)    \
+          : tile_point<Kind::id, false>(term, weight, n, s, t, zs, zt, es, et, h, loss, total);  \
     break;
         FASTKD_DIVERGENCES(X)
 #undef X
       }
+      first = false;
     }
-    __builtin_memcpy(w.et + v, w.grad, n * sizeof(float));
+    if (first) __builtin_memset(h, 0, n * sizeof(float));
+    if (h != et) __builtin_memcpy(et, h, n * sizeof(float));
   }
 }
 
