@@ -6,13 +6,13 @@ import json
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from fastkd import demo, demo_assets, demo_distill, demo_report
-
-transformers = pytest.importorskip("transformers")
 
 VOCABULARY = 101  # a prime: no multiple of any tile
 
@@ -237,9 +237,8 @@ def test_peak_memory_sees_what_is_freed_again():
         for _ in range(2):  # one after the other: they never live together
             torch.ones(size // 4)
     del kept
-    if memory.bytes is None:
-        pytest.skip("no high-water mark to reset on this system")
-    assert memory.bytes == pytest.approx(size, rel=0.1)
+    measurable = Path("/proc/self/clear_refs").exists()  # Linux alone has a high-water mark that can be reset
+    assert memory.bytes == (pytest.approx(size, rel=0.1) if measurable else None)
 
 
 # --- report ---
@@ -266,7 +265,6 @@ def test_report_and_json(which, results, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("which", ["both", "fused", "no memory"])
 def test_picture(which, results, tmp_path):
-    pytest.importorskip("matplotlib")
     result = copy.deepcopy(results["both" if which == "no memory" else which])
     if which == "no memory":
         for run in result["runs"].values():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import EXTENSION
@@ -172,7 +173,6 @@ def test_sums_and_scalings_flatten():
 
 
 def test_numpy_and_tensor_scalars_scale_too():
-    np = pytest.importorskip("numpy")
     for two in (2, 2.0, np.float64(2), torch.tensor(2.0)):
         for total in (two * D.ForwardKL(), D.ForwardKL() * two):
             assert isinstance(total, D.WeightedSum) and float(total.terms[0][0]) == 2
