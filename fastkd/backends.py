@@ -122,9 +122,14 @@ def _checked(name: str | None) -> str | None:
     return name
 
 
+def asked_for() -> str | None:
+    """The backend of the context, or of FASTKD_BACKEND."""
+    return _chosen.get() or _checked(os.environ.get("FASTKD_BACKEND") or None)
+
+
 def choose(spec: Spec, tensors: Tensors, name: str | None) -> str:
     """The backend asked for by argument, context or FASTKD_BACKEND, if it can serve; else the first that can."""
-    name = _checked(name) or _chosen.get() or _checked(os.environ.get("FASTKD_BACKEND") or None)
+    name = _checked(name) or asked_for()
     reasons: dict[str, str] = {}
     for backend in (BACKENDS[name],) if name else BACKENDS.values():
         reason = backend.unavailable() or backend.why_not(spec, tensors)

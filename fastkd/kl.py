@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._prims_common import is_non_overlapping_and_dense_or_false as _is_dense
 
 from fastkd import checks, rows_cpu
-from fastkd.backends import extension
+from fastkd.backends import asked_for, extension
 
 __all__ = ["kl_div"]
 
@@ -31,7 +31,7 @@ def kl_div(
 
     reduced by "none", "sum", "mean" (over all elements: rarely what you want) or "batchmean" (by ``input.size(0)``).
 
-    On the CPU a reduced float32, bfloat16 or float16 loss is summed in one pass, in float32, without the array of
+    The ``cpu`` backend sums a reduced float32, bfloat16 or float16 loss in one pass, in float32, without the array of
     terms; every other call is torch's own. Gradients reach ``input`` and ``target``; double backward, forward mode,
     vmap and torch.compile work as in torch. Where torch gives NaN, two values are limits: a log-target of -inf counts 0
     in loss and gradients, and the gradient with respect to a target of 0 is -inf.
@@ -63,6 +63,8 @@ def kl_div(
 def _fits(x: Any, t: Any) -> bool:
     """Is this a call that the one-pass kernel serves?"""
     if not isinstance(x, Tensor) or not isinstance(t, Tensor) or not checks.readable(x, t) or extension()[0] is None:
+        return False
+    if asked_for() not in (None, "cpu"):
         return False
     if x.shape != t.shape or x.dtype != t.dtype or x.dtype not in rows_cpu._DTYPES or not x.numel():
         return False
