@@ -67,3 +67,12 @@ def assert_all_near(got, want, tol=2e-5):
     assert len(got) == len(want)
     for g, w in zip(got, want):
         assert_near(g, w, tol)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The problems are tiny and many: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -14,6 +14,7 @@ from autograd_cases import (
     heads,
     inputs,
     kd_op,
+    one_thread,  # noqa: F401  (a fixture for every test here)
     op_of,
     rand_like,
     reference,
@@ -24,16 +25,6 @@ from torch.utils.checkpoint import checkpoint
 import fastkd
 from fastkd import Head, Labels, backends, divergences, normal_form, targets
 from fastkd.divergences import ForwardKL, JensenShannon
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The problems are tiny and many: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 # --- backward more than once, and what it leaves behind ------------------------------------------------------------
 

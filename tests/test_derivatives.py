@@ -12,6 +12,7 @@ from autograd_cases import (
     heads,
     inputs,
     kd_op,
+    one_thread,  # noqa: F401  (a fixture for every test here)
     op_of,
     rand_like,
     reference,
@@ -20,16 +21,6 @@ from torch.autograd import forward_ad
 
 import fastkd
 from fastkd import Head
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The problems are tiny and many: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 # --- gradcheck -----------------------------------------------------------------------------------------------------
 
