@@ -34,6 +34,11 @@ enum class Kind : int {
 // a mixture of p and q, such that its logarithm is finite
 FASTKD_FN float mixed(float m) { return m < 1.17549435e-38f ? 1.17549435e-38f : m; }
 
+// e^x - 1 - x for abs(x) <= 0.1
+FASTKD_FN float beyond_linear(float x) {
+  return 0.5f * x * x * (1.f + x * (1.f / 3) * (1.f + x * 0.25f * (1.f + x * 0.2f)));
+}
+
 struct Point {
   float phi, h;
 };
@@ -71,9 +76,14 @@ FASTKD_FN Point point(float lp, float lq, float p, float q, float a, float b) {
     return {far ? qqp - 2.f * q + p : none ? p : (q - p) * r, far ? 2.f * (qqp - q) : none ? 0.f : 2.f * q * r};
   } else if constexpr (K == Kind::AlphaBeta) {
     const float c = a + b, cross = FASTKD_EXP(a * lp + b * lq), pc = FASTKD_EXP(c * lp), qc = FASTKD_EXP(c * lq);
-    const float over_a = 1.f / a, over_ab = 1.f / (a * b), share = a / c;
-    const bool neither = lp == -__builtin_inff() && lq == -__builtin_inff();
-    return {neither ? 0.f : (share * pc + (1.f - share) * qc - cross) * over_ab, neither ? 0.f : (qc - cross) * over_a};
+    const float over_a = 1.f / a, over_ab = 1.f / (a * b), share = a / c, inf = __builtin_inff();
+    float far = (share * pc + (1.f - share) * qc - cross) * over_ab;
+    far = (lp == -inf) != (lq == -inf) && far != far ? inf : far;  // the larger of two infinities is positive
+    // where p and q are near the powers cancel: q^c (e^cd - 1 - cd) a / c - ..., d = log p - log q
+    const float d = lp - lq, ad = a * d, cd = c * d, ea = beyond_linear(ad);
+    const bool near = ad < 0.1f && ad > -0.1f && cd < 0.1f && cd > -0.1f, neither = lp == -inf && lq == -inf;
+    const float phi = near ? qc * (share * beyond_linear(cd) - ea) * over_ab : far;
+    return {neither ? 0.f : phi, neither ? 0.f : (near ? -qc * (ad + ea) : qc - cross) * over_a};
   } else if constexpr (K == Kind::CrossEntropy) {
     return {p == 0.f ? 0.f : -p * lq, -p};
   } else {

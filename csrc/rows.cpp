@@ -6,9 +6,6 @@
 
 #include <cmath>
 #include <cstdlib>
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
 
 namespace fastkd {
 namespace FASTKD_ISA {
@@ -22,26 +19,22 @@ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 // ---- loads and stores: x[0..n) of a dtype <-> float32 ----
 
 void half_to_float(const uint16_t* x, int64_t n, float* out) {
-  int64_t i = 0;
-#ifdef __F16C__
-  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(x + i))));
-#endif
-  for (; i < n; i++) {
-    _Float16 h;
-    __builtin_memcpy(&h, x + i, 2);
-    out[i] = (float)h;
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    const uint32_t sign = (uint32_t)(x[i] & 0x8000u) << 16, rest = (uint32_t)(x[i] & 0x7fffu) << 13;
+    const uint32_t value = float_to_bits(bits_to_float(rest) * 0x1p112f);  // rebias the exponent, subnormals too
+    out[i] = bits_to_float(sign | ((x[i] & 0x7c00u) == 0x7c00u ? rest | 0x7f800000u : value));
   }
 }
 
 void float_to_half(const float* x, int64_t n, uint16_t* out) {
-  int64_t i = 0;
-#ifdef __F16C__
-  for (; i + 8 <= n; i += 8)
-    _mm_storeu_si128((__m128i*)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
-#endif
-  for (; i < n; i++) {
-    const _Float16 h = (_Float16)x[i];
-    __builtin_memcpy(out + i, &h, 2);
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    const uint32_t u = float_to_bits(x[i]), sign = u >> 16 & 0x8000u, rest = u & 0x7fffffffu;
+    const uint32_t special = rest > 0x7f800000u ? 0x7e00u : 0x7c00u;                          // NaN, infinity
+    const uint32_t small = float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000u;           // below 2^-14: the sum rounds
+    const uint32_t normal = (rest - (112u << 23) + 0xfffu + (rest >> 13 & 1u)) >> 13;         // to nearest, ties to even
+    out[i] = (uint16_t)(sign | (rest >= 0x47800000u ? special : rest < 0x38800000u ? small : normal));
   }
 }
 
@@ -146,7 +139,9 @@ Softmax softmax_of(const Source& src, int64_t row, int64_t vocab, float* tile) {
 struct Scratch {
   float zs[TILE], zt[TILE], grad[TILE];
   float *es, *et;
-  explicit Scratch(int64_t vocab) : es((float*)std::malloc(2 * vocab * sizeof(float))), et(es + vocab) {}
+  explicit Scratch(int64_t vocab) : es((float*)std::malloc(2 * vocab * sizeof(float))), et(es + vocab) {
+    if (es == nullptr) std::abort();
+  }
   ~Scratch() { std::free(es); }
   Scratch(const Scratch&) = delete;
 };
@@ -431,6 +426,16 @@ int64_t index_of(const Source& src, int64_t row, int64_t vocab, float top, float
   return 0;
 }
 
+bool has_nan(const Source& src, int64_t row, int64_t vocab, float* tile) {
+  for (int64_t v = 0; v < vocab; v += TILE) {
+    const int64_t n = smaller(TILE, vocab - v);
+    const float* z = load_logits(src, row, v, n, tile);
+    for (int64_t i = 0; i < n; i++)
+      if (z[i] != z[i]) return true;
+  }
+  return false;
+}
+
 // sum e^x x, with 0 where e^x is 0
 double first_moment(const StatsArgs& a, int64_t r, const Softmax& s, Scratch& w) {
   double moment = 0;
@@ -455,7 +460,7 @@ void stats(const StatsArgs& a) {
       exponentials(a.s, r, a.vocab, s, w.zs, w.es);
       const double ls = std::log(s.sum), entropy = ls - first_moment(a, r, s, w) / s.sum;
       const int64_t top = index_of(a.s, r, a.vocab, s.top, w.zs);
-      a.lse[r] = (float)((double)s.top * s.inv + ls);
+      a.lse[r] = s.top == -INF && !has_nan(a.s, r, a.vocab, w.zs) ? -INF : (float)((double)s.top * s.inv + ls);
       a.entropy[r] = (float)entropy;
       a.max_log_prob[r] = (float)-ls;
       a.argmax[r] = top;
@@ -539,7 +544,7 @@ double kl_div_sum(const KLDivArgs& a) {
 #pragma omp simd reduction(+ : part)
         for (int64_t i = 0; i < n; i++) {
           const float t = zt[i], l = t < 0.f ? __builtin_nanf("") : fastkd_log(t);
-          part += t == 0.f ? 0.f : t * (l - zs[i]);
+          part += t >= 0.f && t < 1.17549435e-38f ? 0.f : t * (l - zs[i]);
         }
       }
       sum += part;

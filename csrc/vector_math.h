@@ -44,7 +44,7 @@ FASTKD_INLINE float fastkd_log(float x) {
   const float y = x < tiny ? tiny : x;
   int32_t i = (int32_t)float_to_bits(y);
   int32_t e = ((i - 0x3f3504f3) >> 23);  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
-  const float m = bits_to_float((uint32_t)(i - (e << 23))) - 1.0f, n = (float)e;
+  const float m = bits_to_float((uint32_t)i - ((uint32_t)e << 23)) - 1.0f, n = (float)e;
   float p = 7.0376836292e-2f;
   p = p * m - 1.1514610310e-1f;
   p = p * m + 1.1676998740e-1f;

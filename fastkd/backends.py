@@ -47,6 +47,10 @@ def _cpu_unavailable() -> str | None:
     return extension()[1]
 
 
+def _learned(x: torch.Tensor | None) -> bool:
+    return x is not None and x.requires_grad and torch.is_grad_enabled()
+
+
 def _fused_why_not(spec: Spec, tensors: Tensors) -> str | None:
     if not isinstance(spec, KD):
         named = {"temperature": tensors[3]}
@@ -59,10 +63,10 @@ def _fused_why_not(spec: Spec, tensors: Tensors) -> str | None:
             "the divergence's weights": a.term_weights,
             **{f"the target's tensor {i}": x for i, x in enumerate(a.target)},
         }
-        if spec.target is not None and any(x is not None and x.requires_grad for x in (a.t_x, a.t_w, a.t_b)):
+        if spec.target is not None and any(map(_learned, (a.t_x, a.t_w, a.t_b))):
             return "a target transform passes no gradient to the teacher, and the teacher requires grad: detach it"
     for name, x in named.items():
-        if x is not None and x.requires_grad:
+        if _learned(x):
             return f"{name} requires grad, which only the definition differentiates"
     return None
 
@@ -107,7 +111,7 @@ BACKENDS: dict[str, Backend] = {
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Within the context every call that names no backend uses this one; None: the first that can serve."""
+    """Within the context every call that names no backend uses this one; None: as without the context."""
     _checked(name)
     token = _chosen.set(name)
     try:

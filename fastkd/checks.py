@@ -70,11 +70,13 @@ def readable(*tensors: Tensor | None) -> bool:
     """Can values be looked at: real memory on the CPU (elsewhere a look would wait for the device)?"""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return all(t is None or (type(t) in (Tensor, torch.nn.Parameter) and _in_memory(t)) for t in tensors)
+    return all(t is None or (_in_memory(t)) for t in tensors)
 
 
 def _in_memory(t: Tensor) -> bool:
-    """On the CPU and not the batched or tracked wrapper of a transform."""
+    """On the CPU; no subclass that makes its own results, nor the wrapper of a transform."""
+    if type(t).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+        return False
     return torch._C._dispatch_keys(t).has(
         torch._C.DispatchKey.CPU
     ) and not torch._C._functorch.is_functorch_wrapped_tensor(t)

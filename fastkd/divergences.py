@@ -55,6 +55,15 @@ def _log_mix(w: float, log_a: Tensor, log_b: Tensor) -> Tensor:
     return torch.logaddexp(log_a + math.log(w), log_b + math.log1p(-w))
 
 
+def _beyond_linear(x: Tensor) -> Tensor:
+    """e^x - 1 - x for small x"""
+    terms = range(9, 2, -1)
+    series = torch.ones_like(x)
+    for n in terms:
+        series = 1 + x / n * series
+    return x.square() / 2 * series
+
+
 @dataclass(frozen=True)
 class Divergence:
     """One divergence. ``phi`` and ``h`` take log p and log q of any shape and work elementwise.
@@ -88,6 +97,10 @@ class Divergence:
         if not isinstance(other, Divergence):
             return NotImplemented
         return WeightedSum(self.terms + other.terms)
+
+    def __radd__(self, other: object) -> Divergence:
+        """sum([D1, D2]) starts from 0."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def __mul__(self, weight: float | Tensor) -> WeightedSum:
         if not isinstance(weight, (int, float, Tensor)):
@@ -332,13 +345,28 @@ class AlphaBeta(Divergence):
         a, b, c = self.a, self.b, self.a + self.b
         neither, log_p, log_q = _both(log_p, log_q)
         cross = (a * log_p + b * log_q).exp()
-        own = a / c * (c * log_p).exp() + b / c * (c * log_q).exp()
-        return ((own - cross) / (a * b)).masked_fill(neither, 0.0)
+        far = (a / c * (c * log_p).exp() + b / c * (c * log_q).exp() - cross) / (a * b)
+        one = torch.isneginf(log_p) ^ torch.isneginf(log_q)
+        far = torch.where(one & far.isnan(), torch.inf, far)  # the larger of two infinities is positive
+        near = (
+            a / c * _beyond_linear(c * self._ratio(log_p, log_q)) - _beyond_linear(a * self._ratio(log_p, log_q))
+        ) / (a * b)
+        return torch.where(self._near(log_p, log_q), (c * log_q).exp() * near, far).masked_fill(neither, 0.0)
+
+    def _ratio(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """log p - log q where they are near, else 0"""
+        return torch.where(self._near(log_p, log_q), log_p - log_q, 0.0)
+
+    def _near(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """Where the difference of powers would cancel."""
+        return (log_p - log_q).abs() * max(abs(self.a), abs(self.a + self.b)) < 0.1
 
     def h(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         a, b, c = self.a, self.b, self.a + self.b
         neither, log_p, log_q = _both(log_p, log_q)
-        return (((c * log_q).exp() - (a * log_p + b * log_q).exp()) / a).masked_fill(neither, 0.0)
+        far = ((c * log_q).exp() - (a * log_p + b * log_q).exp()) / a
+        near = -(c * log_q).exp() * torch.expm1(a * self._ratio(log_p, log_q)) / a
+        return torch.where(self._near(log_p, log_q), near, far).masked_fill(neither, 0.0)
 
     @property
     def exchanged(self) -> Divergence:
@@ -387,6 +415,10 @@ class WeightedSum(Divergence):
 
     parts: tuple[tuple[float | Tensor, Divergence], ...]
     name = "weighted_sum"
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("a WeightedSum needs at least one part, got none")
 
     @property
     def terms(self) -> tuple[tuple[float | Tensor, Divergence], ...]:

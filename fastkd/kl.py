@@ -33,8 +33,8 @@ def kl_div(
 
     The ``cpu`` backend sums a reduced float32, bfloat16 or float16 loss in one pass, in float32, without the array of
     terms; every other call is torch's own. Gradients reach ``input`` and ``target``; double backward, forward mode,
-    vmap and torch.compile work as in torch. Where torch gives NaN, two values are limits: a log-target of -inf counts 0
-    in loss and gradients, and the gradient with respect to a target of 0 is -inf.
+    vmap and torch.compile work as in torch. A reduced loss has limits where torch multiplies 0 by infinity to NaN: a
+    target of 0 or log-target of -inf counts 0, whatever the input; the gradient with respect to a target of 0 is -inf.
 
     Args:
         input: log-probabilities [...].
@@ -85,7 +85,7 @@ class _KLDiv(torch.autograd.Function):
         total = extension()[0].kl_div_sum(  # type: ignore[union-attr]
             *(xs.data_ptr(), ts.data_ptr(), rows_cpu._DTYPES[x.dtype], x.numel(), log_target, torch.get_num_threads())
         )
-        return torch.tensor(total * scale, dtype=x.dtype)
+        return torch.tensor(total * scale, dtype=x.dtype, device=x.device)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

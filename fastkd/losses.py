@@ -14,7 +14,7 @@ from fastkd import checks, divergences
 from fastkd.divergences import Divergence
 from fastkd.fused import apply, traceable
 from fastkd.normal_form import DenseSource, PerToken, common_vocab
-from fastkd.problem import KD, KDTensors
+from fastkd.problem import KD, TENSOR, KDTensors
 from fastkd.sources import Head, Labels
 from fastkd.targets import Target
 
@@ -209,16 +209,20 @@ def _with_dense(
     elif isinstance(label_weight, Tensor) or label_weight != 0:
         raise ValueError(f"label_weight needs labels, got labels=None and label_weight={label_weight!r}")
     pairs = divergences.get(divergence).terms
+    terms, weights = tuple(d for _, d in pairs), [row("the divergence's weight", w) for w, _ in pairs]
+    for d in terms:
+        if divergences.REGISTRY.get(d.name) is not type(d):
+            raise TypeError(f"divergence {type(d).__name__} must be registered: decorate it with divergences.register")
     if target is not None and not target.normalized:
-        if not all(isinstance(d, divergences.ForwardKL) for _, d in pairs):
+        if any(d != divergences.ForwardKL() for d in terms):
             raise ValueError(
                 f"{type(target).__name__} gives weights, which forward_kl alone allows, got {divergence!r}"
             )
-        pairs = tuple((w, divergences.CrossEntropy()) for w, _ in pairs)
+        terms, weights = (divergences.CrossEntropy(),), [sum(weights[1:], start=weights[0])]
     common = [x for x in (None if hard is None else 1 - hard, square) if x is not None]
-    weights = [math.prod(common, start=row("the divergence's weight", w)) for w, _ in pairs]
+    weights = [math.prod(common, start=w) for w in weights]
     stacked = torch.stack(weights) if len(weights) > 1 or common else weights[0].unsqueeze(0)
-    return _Compared(tuple(d for _, d in pairs), stacked, labels, hard, 0.0)
+    return _Compared(terms, stacked, labels, hard, 0.0)
 
 
 def _factor(
@@ -258,7 +262,7 @@ def _target(target: Target | None, row: PerToken) -> tuple[str | None, str, tupl
     numbers, tensors = {}, []
     for field in fields(target):
         value = getattr(target, field.name)
-        numbers[field.name] = None if isinstance(value, Tensor) else value
+        numbers[field.name] = TENSOR if isinstance(value, Tensor) else value
         if isinstance(value, Tensor):
             tensors.append(row(f"target.{field.name}", value))
     return target.key(), json.dumps(numbers), tuple(tensors)

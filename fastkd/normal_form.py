@@ -131,15 +131,20 @@ class PerToken:
         return cls(s.lead, size, torch.promote_types(dtypes[0], dtypes[-1]), s.x.device, s.name)
 
     def __call__(self, name: str, value: Any, *, above: float = -math.inf) -> Tensor:
+        tiny = torch.finfo(self.dtype).tiny
         if not isinstance(value, Tensor):
             value = checks.finite_number(name, value, above=above)
+            if above == 0 and value < tiny:
+                raise ValueError(f"{name} must be at least {tiny:.1e}, the smallest normal {self.dtype}, got {value}")
             return torch.full((), value, dtype=self.dtype, device=self.device).expand(self.size)
         self.check_device(name, value)
         if value.dtype.is_complex:
             raise TypeError(f"{name} must be real, got {value.dtype}")
         value = value.to(self.dtype)
         if above > -math.inf and checks.readable(value):
-            checks.all_values(name, f"finite and above {above:g}", value, (value > above) & (value < math.inf))
+            checks.all_values(
+                name, f"finite and above {above:g}", value, (value > above) & (value >= tiny) & (value < math.inf)
+            )
         if value.dim() == 0:
             return value.expand(self.size)
         checks.has_shape(name, value, self.lead, " (one value per token) or be a number")

@@ -19,6 +19,7 @@ from fastkd.divergences import Divergence
 from fastkd.targets import Target
 
 Tensors = tuple[Tensor | None, ...]
+TENSOR = "<tensor>"  # in the place of a target's field that travels among the tensors
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class KD(Spec):
     total: bool  # one scalar, or one loss per token
     terms: tuple[tuple[str, tuple[float, ...]], ...] = ()  # (name, parameters) of each divergence
     target: str | None = None
-    target_fields: str = "{}"  # as JSON; a tensor field is null
+    target_fields: str = "{}"  # as JSON; TENSOR for a tensor
     label_smoothing: float = 0.0
     label_tempered: bool = False  # are the labels compared at the temperature (Labels) or at 1 (labels=)
 
@@ -132,7 +133,7 @@ class KD(Spec):
         if cls is None:
             return None
         values, queue = json.loads(self.target_fields), iter(tensors)
-        return cls(**{f.name: next(queue) if values[f.name] is None else values[f.name] for f in fields(cls)})
+        return cls(**{f.name: next(queue) if values[f.name] == TENSOR else values[f.name] for f in fields(cls)})
 
 
 @dataclass(frozen=True)

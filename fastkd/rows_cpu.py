@@ -38,16 +38,24 @@ def _floats(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(torch.float32).contiguous()
 
 
+def _ids(x: Tensor, vocab: int) -> Tensor:
+    """Indices that are safe to follow: the C++ code does not look."""
+    x = x.to(torch.int64).contiguous()
+    if x.numel() and not (x.min() >= 0 and x.max() < vocab):
+        raise IndexError(f"ids must be in [0, {vocab}), got {x.min().item()} to {x.max().item()}")
+    return x
+
+
 def _at(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
 def divergence(s: Tensor, t: Tensor | None, g: Tensor | None, a: Rows) -> Tensor:
     """s [n, V_s], t [n, V_t] raw -> loss [n]; writes factor * dloss/ds into g [n, V_s], which may be s itself."""
-    loss = torch.empty(s.shape[0], dtype=torch.float32)
+    loss = torch.empty(s.shape[0], dtype=torch.float32, device="cpu")
     factor, ts, tt, weights = map(_floats, (a.factor, a.s_temperature, a.t_temperature, a.term_weights))
     label_weight, label_temperature = _floats(a.label_weight), _floats(a.label_temperature)
-    labels = None if a.labels is None else a.labels.to(torch.int64).contiguous()
+    labels = None if a.labels is None else _ids(a.labels, a.vocab)
     terms = []
     for d, w in zip(a.divergences, () if weights is None else weights, strict=True):
         p = (*d.params, 0.0, 0.0)
@@ -75,8 +83,8 @@ def select(
     s: Tensor, g: Tensor | None, side: Side, vocab: int, temperature: Tensor, ids: Tensor, cotangent: Tensor | None
 ) -> Tensor:
     """log q at ids [n, K]; with cotangents [n, K] the gradient into g [n, V]."""
-    out = torch.empty(ids.shape, dtype=torch.float32)
-    ids, t, c = ids.to(torch.int64).contiguous(), _floats(temperature), _floats(cotangent)
+    out = torch.empty(ids.shape, dtype=torch.float32, device="cpu")
+    ids, t, c = _ids(ids, vocab), _floats(temperature), _floats(cotangent)
     source = (_matrix(s), side.logit_scale, side.softcap or 0.0, _at(t))
     _kernels().select(
         *(
@@ -99,7 +107,8 @@ def stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """lse, entropy, max_log_prob, argmax; with cotangents [n] of the first three the gradient into g [n, V]."""
     n = s.shape[0]
-    out, argmax = torch.empty(3, n, dtype=torch.float32), torch.empty(n, dtype=torch.int64)
+    out = torch.empty(3, n, dtype=torch.float32, device="cpu")
+    argmax = torch.empty(n, dtype=torch.int64, device="cpu")
     t, given = _floats(temperature), [_floats(c) for c in cotangents or (None, None, None)]
     _kernels().stats(
         n,

@@ -63,7 +63,7 @@ class Interpolate(Target):
 class Enhance(Target):
     """OFA-KD's adaptive target enhancement: weights (p_i + 1[i=y])^gamma - 1[i=y] on -log q_i; gamma >= 1.
 
-    ``labels`` [...] int64 hold y; gamma 1 is plain cross-entropy with the teacher.
+    ``labels`` [...] int64 hold y, each in [0, V) unless the token is ignored; gamma 1 is plain cross-entropy.
     """
 
     labels: Tensor
@@ -73,21 +73,25 @@ class Enhance(Target):
     def __call__(self, teacher: Tensor, student: Tensor, temperature: Tensor, token: Tensor) -> Tensor:
         log_w = self.gamma * (teacher / temperature).log_softmax(-1)
         y = self.labels.long()
+        valid = (y >= 0) & (y < teacher.shape[-1])  # elsewhere NaN, which a token of weight 0 keeps to itself
+        y = torch.where(valid, y, 0)
         # log((1 + p_y)^gamma - 1), without cancellation for a small p_y
         log_p_y = (teacher / temperature).log_softmax(-1).gather(-1, y)
-        return log_w.scatter(-1, y, torch.expm1(self.gamma * log_p_y.exp().log1p()).log())
+        log_w = log_w.scatter(-1, y, torch.expm1(self.gamma * log_p_y.exp().log1p()).log())
+        return torch.where(valid, log_w, torch.nan)
 
 
 @dataclass(frozen=True, eq=False)
 class Clip(Target):
-    """DAC-KL: the teacher's logits clipped to [low, high], then divided by the temperature."""
+    """DAC-KL: the teacher's logits clipped to [low, high], then divided by the temperature; -inf stays."""
 
     low: float | Tensor
     high: float | Tensor
 
     def __call__(self, teacher: Tensor, student: Tensor, temperature: Tensor, token: Tensor) -> Tensor:
         low, high = (torch.as_tensor(x, dtype=teacher.dtype, device=teacher.device) for x in (self.low, self.high))
-        return torch.minimum(torch.maximum(teacher, low), high) / temperature
+        clipped = torch.minimum(torch.maximum(teacher, low), high) / temperature
+        return clipped.masked_fill(torch.isneginf(teacher), -torch.inf)
 
 
 @dataclass(frozen=True, eq=False)

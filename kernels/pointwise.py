@@ -27,6 +27,12 @@ def _times(p, x):
 
 
 @triton.jit
+def _beyond_linear(x):
+    """e^x - 1 - x for abs(x) <= 0.1"""
+    return 0.5 * x * x * (1 + x / 3 * (1 + x / 4 * (1 + x / 5)))
+
+
+@triton.jit
 def point(lp, lq, p, q, a, b, KIND: tl.constexpr):
     """phi and h = d phi / d log q, elementwise; lp, lq log-probabilities, p, q their exponentials, a, b parameters."""
     if KIND == 0:
@@ -71,8 +77,15 @@ def point(lp, lq, p, q, a, b, KIND: tl.constexpr):
         neither = (lp == -float("inf")) & (lq == -float("inf"))
         cross = tl.exp(a * lp + b * lq)
         own_q = tl.exp(c * lq)
-        phi = tl.where(neither, 0.0, (a / c * tl.exp(c * lp) + b / c * own_q - cross) / (a * b))
-        h = tl.where(neither, 0.0, (own_q - cross) / a)
+        far = (a / c * tl.exp(c * lp) + b / c * own_q - cross) / (a * b)
+        one = (lp == -float("inf")) != (lq == -float("inf"))
+        far = tl.where(one & (far != far), float("inf"), far)
+        ad = a * (lp - lq)  # where p and q are near the powers cancel
+        cd = c * (lp - lq)
+        near = (tl.abs(ad) < 0.1) & (tl.abs(cd) < 0.1)
+        ea = _beyond_linear(ad)
+        phi = tl.where(neither, 0.0, tl.where(near, own_q * (a / c * _beyond_linear(cd) - ea) / (a * b), far))
+        h = tl.where(neither, 0.0, tl.where(near, -own_q * (ad + ea), own_q - cross) / a)
     elif KIND == 10:
         phi = -_times(p, lq)
         h = -p
