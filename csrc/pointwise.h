@@ -43,8 +43,11 @@ struct Point {
   float phi, h;
 };
 
-// a, b: the divergence's parameters
-template <Kind K>
+// Alpha-beta with parameters for which nothing cancels or overflows: the plain formula will do.
+FASTKD_FN bool is_plain(Kind k, float a, float b) { return k == Kind::AlphaBeta && a > 0.f && b > 0.f && a * b >= 0.1f; }
+
+// a, b: the divergence's parameters; PLAIN: is_plain holds
+template <Kind K, bool PLAIN = false>
 FASTKD_FN Point point(float lp, float lq, float p, float q, float a, float b) {
   if constexpr (K == Kind::ForwardKL) {
     return {p == 0.f ? 0.f : p * (lp - lq), -p};
@@ -77,6 +80,7 @@ FASTKD_FN Point point(float lp, float lq, float p, float q, float a, float b) {
   } else if constexpr (K == Kind::AlphaBeta) {
     const float c = a + b, cross = FASTKD_EXP(a * lp + b * lq), pc = FASTKD_EXP(c * lp), qc = FASTKD_EXP(c * lq);
     const float over_a = 1.f / a, over_ab = 1.f / (a * b), share = a / c, inf = __builtin_inff();
+    if constexpr (PLAIN) return {(share * pc + (1.f - share) * qc - cross) * over_ab, (qc - cross) * over_a};
     float far = (share * pc + (1.f - share) * qc - cross) * over_ab;
     far = (lp == -inf) != (lq == -inf) && far != far ? inf : far;  // the larger of two infinities is positive
     // where p and q are near the powers cancel: q^c (e^cd - 1 - cd) a / c - ..., d = log p - log q

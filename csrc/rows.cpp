@@ -195,7 +195,7 @@ double both_sums(const DivergenceArgs& a, int64_t r, Softmax& s, Softmax& t, Scr
 }
 
 // One divergence on a tile: h[0..n) = weight * h (FIRST), or += ; and the sums of phi and of h. h may be et.
-template <Kind K, bool FIRST>
+template <Kind K, bool FIRST, bool PLAIN = false>
 void tile_point(const Term& term, float weight, int64_t n, const Softmax& s, const Softmax& t, const float* zs,
                 const float* zt, const float* es, const float* et, float* h, double& loss, double& total) {
   const float a = term.a, b = term.b, ls = s.log_sum(), lt = t.log_sum();
@@ -204,7 +204,7 @@ void tile_point(const Term& term, float weight, int64_t n, const Softmax& s, con
   float sum_phi = 0, sum_h = 0;
 #pragma omp simd reduction(+ : sum_phi, sum_h)
   for (int64_t i = 0; i < n; i++) {
-    const Point f = point<K>((zt[i] - mt) * it - lt, (zs[i] - ms) * is - ls, et[i] * rt, es[i] * rs, a, b);
+    const Point f = point<K, PLAIN>((zt[i] - mt) * it - lt, (zs[i] - ms) * is - ls, et[i] * rt, es[i] * rs, a, b);
     sum_phi += f.phi;
     sum_h += f.h;
     h[i] = FIRST ? weight * f.h : h[i] + weight * f.h;
@@ -225,6 +225,11 @@ void general_sums(const DivergenceArgs& a, int64_t r, const Softmax& s, const So
       const Term& term = a.terms[k];
       const float weight = term.weight[r];
       if (weight == 0.f) continue;
+      if (first && is_plain((Kind)term.kind, term.a, term.b)) {
+        tile_point<Kind::AlphaBeta, true, true>(term, weight, n, s, t, zs, zt, es, et, h, loss, total);
+        first = false;
+        continue;
+      }
       switch ((Kind)term.kind) {
 #define X(name, id)                                                                              \
   case Kind::id:                                                                                 \
