@@ -22,12 +22,9 @@ from fastkd.rows_torch import Rows
 
 def _live(factor: Tensor) -> Tensor | None:
     """Which tokens count, None for all."""
-    if factor.numel() == 0 or all(s == 0 for s in factor.stride()):  # one number for all
-        factor = factor.flatten()[:1]
-    live = factor != 0
-    if bool(live.all()):
-        return None
-    return live if live.dim() == 2 else live.new_zeros(1, 1)
+    same = all(s == 0 for s in factor.stride())  # one number for all
+    some = factor[:1, :1] if same else factor
+    return None if bool((some != 0).all()) else factor != 0
 
 
 def _kd(
@@ -37,8 +34,6 @@ def _kd(
     seed = cotangents[0] if cotangents else None
     factor = a.factor if seed is None else a.factor * seed.to(a.factor.dtype)
     live = _live(factor)
-    if live is not None and live.numel() == 1:
-        live = live.expand(factor.shape)
     listed = None if a.s_w is None and a.t_w is None else live  # of given logits the row op passes over ignored rows
     size = spec.chunk or chunk_tokens(spec.vocab)
     student = Dense(spec.student, a.s_x, a.s_w, a.s_b, needs[1:4], rows, size, listed is None)
@@ -64,10 +59,8 @@ def _kd_chunk(spec: KD, a: KDTensors, chunk: Chunk, row: Rows, rows: ModuleType,
     (source, s), (source_t, t) = student, teacher
     raw_t, g_t = t, None if source_t is None else source_t.gradient(chunk, t)
     if spec.target is not None:
-        t, row = (
-            _transformed(spec, a, chunk, row, s, t),
-            replace(row, teacher=Side(), t_temperature=torch.ones_like(row.factor)),
-        )
+        t = _transformed(spec, a, chunk, row, s, t)
+        row = replace(row, teacher=Side(), t_temperature=torch.ones_like(row.factor))
     g = source.gradient(chunk, s)
     if g is s and g_t is not None:
         g = torch.empty_like(s)

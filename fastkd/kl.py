@@ -66,7 +66,7 @@ def _fits(x: Any, t: Any) -> bool:
         return False
     if asked_for() not in (None, "cpu"):
         return False
-    if x.shape != t.shape or x.dtype != t.dtype or x.dtype not in rows_cpu._DTYPES or not x.numel():
+    if x.shape != t.shape or x.dtype != t.dtype or x.dtype not in rows_cpu.DTYPES or not x.numel():
         return False
     if x.dtype != torch.float32 and torch.is_autocast_enabled("cpu"):
         return False  # torch gives float32
@@ -81,10 +81,7 @@ class _KLDiv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, t: Tensor, scale: float, log_target: bool) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, t)
         ctx.scale, ctx.log_target = scale, log_target
-        xs, ts = _aligned(x, t)
-        total = extension()[0].kl_div_sum(  # type: ignore[union-attr]
-            *(xs.data_ptr(), ts.data_ptr(), rows_cpu._DTYPES[x.dtype], x.numel(), log_target, torch.get_num_threads())
-        )
+        total = rows_cpu.kl_div_sum(*_aligned(x, t), log_target)
         return torch.tensor(total * scale, dtype=x.dtype, device=x.device)
 
     @staticmethod
@@ -94,7 +91,11 @@ class _KLDiv(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             # differentiable once more where someone asks for it
             one_pass = checks.readable(t, g) and not torch.is_grad_enabled()
-            dx = _grad_input(t, g, ctx) if one_pass else (t.exp() if ctx.log_target else t) * (-g * ctx.scale)
+            dx = (
+                _grad_input(t, float(g) * ctx.scale, ctx.log_target)
+                if one_pass
+                else (t.exp() if ctx.log_target else t) * (-g * ctx.scale)
+            )
         if ctx.needs_input_grad[1]:
             c = g * ctx.scale
             if ctx.log_target:
@@ -112,11 +113,8 @@ def _aligned(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return x.contiguous(), t.contiguous()
 
 
-def _grad_input(t: Tensor, g: Tensor, ctx: Any) -> Tensor:
+def _grad_input(t: Tensor, scale: float, log_target: bool) -> Tensor:
     t = t if _is_dense(t) else t.contiguous()
     out = torch.empty_like(t)
-    scale, threads = float(g) * ctx.scale, torch.get_num_threads()
-    extension()[0].kl_div_grad(  # type: ignore[union-attr]
-        *(t.data_ptr(), out.data_ptr(), rows_cpu._DTYPES[t.dtype], t.numel(), ctx.log_target, scale, threads)
-    )
+    rows_cpu.kl_div_grad(t, out, scale, log_target)
     return out

@@ -14,7 +14,7 @@ from fastkd.backends import extension
 from fastkd.problem import Side
 from fastkd.rows_torch import Rows
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NOTHING = (0, 0, 0, 0)
 
 
@@ -31,7 +31,7 @@ def _kernels() -> Any:
 
 def _matrix(x: Tensor | None) -> tuple[int, int, int, int]:
     """address, row stride, width, dtype; the columns of x [n, V] are contiguous"""
-    return _NOTHING if x is None else (x.data_ptr(), x.stride(0), x.shape[1], _DTYPES[x.dtype])
+    return _NOTHING if x is None else (x.data_ptr(), x.stride(0), x.shape[1], DTYPES[x.dtype])
 
 
 def _floats(x: Tensor | None) -> Tensor | None:
@@ -139,7 +139,7 @@ class Sum(rows_torch.Sum):
         high = self.out if self.wide is None else self.wide
         low = None if self.low is None else self.low[start:]
         _kernels().accumulate(
-            *(high[start:].data_ptr(), _at(low), part.data_ptr(), _DTYPES[part.dtype]),
+            *(high[start:].data_ptr(), _at(low), part.data_ptr(), DTYPES[part.dtype]),
             *(part.numel(), first, torch.get_num_threads()),
         )
 
@@ -156,3 +156,17 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     x = torch.empty(tuple(shape), dtype=dtype, device=device)
     _kernels().advise_huge(x.data_ptr(), x.nbytes)
     return x
+
+
+def kl_div_sum(x: Tensor, t: Tensor, log_target: bool) -> float:
+    """sum t (log t - x) over entries that lie in the same order in memory, of one dtype"""
+    return _kernels().kl_div_sum(
+        *(x.data_ptr(), t.data_ptr(), DTYPES[x.dtype], x.numel(), log_target, torch.get_num_threads())
+    )
+
+
+def kl_div_grad(t: Tensor, out: Tensor, scale: float, log_target: bool) -> None:
+    """out = -scale t, in t's order in memory"""
+    _kernels().kl_div_grad(
+        *(t.data_ptr(), out.data_ptr(), DTYPES[t.dtype], t.numel(), log_target, scale, torch.get_num_threads())
+    )
