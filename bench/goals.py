@@ -191,7 +191,7 @@ def demo_table(r: dict[str, Any]) -> str:
     note = (
         f"\n{r['tokens']['per_step']:,} tokens a step, vocabulary {r['vocabulary']:,}, {r['dtype']}; medians over the "
         f"steps. The two runs' losses differ by {difference['first']:.0e} of their value at the first step and by "
-        f"at most {difference['largest']:.0e} later, as {r['dtype']} rounding feeds back through training. {e['cpu']}, "
+        f"at most {difference['largest']:.0e} later, as {r['dtype']} rounding feeds back through training. {e['name']}, "
         f"{e['threads']} threads; torch {e['torch']}, Python {e['python']}; {r['seconds']:.0f} s in all."
     )
     return "\n".join([*rows, note])

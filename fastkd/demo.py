@@ -12,27 +12,23 @@ nothing is downloaded. It ends with a table, demo.png and demo.json.
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import fastkd
 from fastkd import demo_assets as assets
 from fastkd import demo_distill as distill
 from fastkd import demo_report
 from fastkd.demo_assets import DemoError
-from fastkd.demo_distill import Tick
+from fastkd.machine import describe, package_version
+from fastkd.terminal import Stage, positive, progress
 
 Result = dict[str, Any]
-Stage = Callable[[str, int], Tick]  # starts a line of progress: its name, its number of ticks
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -53,13 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-naive", action="store_true", help="leave out the run with F.kl_div: half the time")
     parser.add_argument("--out", type=Path, default=Path("fastkd-demo"), help="folder for demo.png and demo.json")
-
-
-def positive(text: str) -> int:
-    """An integer above 0, or argparse's error."""
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected an integer above 0, got {text!r}")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -108,7 +97,7 @@ def distil(teacher: Any, tokenizer: Any, topics: Mapping[str, str], args: argpar
     return {
         "settings": {name: getattr(args, name) for name in ("steps", "batch", "seq", "lr", "seed")},
         "dtype": str(dtype).removeprefix("torch."),
-        "environment": environment(),
+        "environment": describe() | {"transformers": package_version("transformers")},
         "layers": {"teacher": total, "kept": keep},
         "tokens": {"per_step": batches[0].numel(), "held_out": held_out.numel()},
         "vocabulary": taught[0].weight.shape[0],
@@ -131,32 +120,3 @@ def pick_dtype(name: str) -> torch.dtype:
         able = torch.cpu.get_capabilities()
         name = "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16") else "float32"
     return DTYPES[name]
-
-
-def environment() -> dict[str, str]:
-    """Machine and versions, for whoever reads the numbers."""
-    versions = {name: metadata.version(name) for name in ("torch", "transformers")}
-    return {
-        "cpu": torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine(),
-        "threads": str(torch.get_num_threads()),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "fastkd": fastkd.__version__,
-        **versions,
-    }
-
-
-@contextmanager
-def progress() -> Iterator[Stage]:
-    """A progress display; a stage of it is started with a name and its number of ticks."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    name, note = TextColumn("{task.description:<26}"), TextColumn("{task.fields[note]}")
-    columns = SpinnerColumn(), name, BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), note
-    with Progress(*columns) as bars:
-
-        def stage(name: str, total: int) -> Tick:
-            task = bars.add_task(name, total=total, note="")
-            return lambda note="": bars.update(task, advance=1, note=note)
-
-        yield stage

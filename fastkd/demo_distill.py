@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import math
 import time
 from collections.abc import Callable
@@ -18,9 +17,10 @@ from torch import Tensor, nn
 import fastkd
 from fastkd import Head
 from fastkd.demo_assets import DemoError
+from fastkd.machine import PeakMemory
+from fastkd.terminal import Tick
 
 Loss = Callable[[Head, Head], Tensor]
-Tick = Callable[..., None]  # called once a batch, with a word about it
 
 
 def fused_loss(student: Head, teacher: Head) -> Tensor:
@@ -42,35 +42,6 @@ def naive_loss(student: Head, teacher: Head) -> Tensor:
 
 
 LOSSES: dict[str, Loss] = {"fused": fused_loss, "naive": naive_loss}
-
-
-class PeakMemory:
-    """Peak resident memory of the block above what was resident before it; `bytes` is None where nothing measures it.
-
-    The kernel's high-water mark sees every allocator, the C++ row ops' too; a profiler of torch's own would not.
-    """
-
-    bytes: int | None = None
-
-    def __enter__(self) -> PeakMemory:
-        try:
-            ctypes.CDLL(None).malloc_trim(0)  # freed pages back to the kernel: reusing them would hide their use
-            with open("/proc/self/clear_refs", "w") as marks:
-                marks.write("5")  # the high-water mark starts again from here
-            self.before: int | None = resident("VmRSS")
-        except (OSError, AttributeError, TypeError):  # no /proc, no glibc, not permitted
-            self.before = None
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.before is not None:
-            self.bytes = max(0, resident("VmHWM") - self.before)
-
-
-def resident(name: str) -> int:
-    """Bytes that /proc/self/status gives for `name`."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name + ":"))
 
 
 def kept_layers(total: int, keep: int) -> list[int]:

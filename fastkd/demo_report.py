@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from fastkd.machine import line
+
 Result = dict[str, Any]
 LABELS = {"fused": "fastkd.kd_loss", "naive": "F.kl_div"}
 COLOURS = {"before": "#b8bec9", "fused": "#1b6ca8", "naive": "#e0803a"}
@@ -34,13 +36,7 @@ def print_tables(result: Result) -> None:
         first, largest = difference["first"], difference["largest"]
         print(f"The losses differ by {first:.1e} of their value at the first step, from equal weights, and by at most")
         print(f"{largest:.1e} at any step, as {result['dtype']} rounding feeds back through training.")
-    print(machine_line(result["environment"]))
-
-
-def machine_line(environment: dict[str, str]) -> str:
-    """Machine and versions on one line."""
-    versions = (f"{name} {environment[name]}" for name in ("python", "torch", "transformers", "fastkd"))
-    return f"{environment['cpu']}, {environment['threads']} threads, {environment['system']}; {', '.join(versions)}"
+    print(line(result["environment"]))
 
 
 def quality_table(result: Result) -> Any:
@@ -115,7 +111,7 @@ def draw(result: Result, file: Path) -> None:
             f"{result['tokens']['per_step']} tokens a step: [hidden, head] in, KL and gradients out",
             fontsize=12,
         )
-        figure.supxlabel(machine_line(result["environment"]), fontsize=8, color="0.4")
+        figure.supxlabel(line(result["environment"]), fontsize=8, color="0.4")
         figure.savefig(file, dpi=150)
         pyplot.close(figure)
 

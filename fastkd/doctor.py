@@ -9,19 +9,14 @@ import argparse
 import importlib
 import json
 import platform
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from fastkd.backends import BACKENDS
-
-# what row ops could make use of, in the kernel's spelling
-INSTRUCTION_SETS = "avx2 fma f16c avx512f avx512bw avx512_bf16 avx512_fp16 amx_bf16 asimd asimdhp sve".split()
+from fastkd.machine import devices, package_version, processor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,52 +51,12 @@ def examine() -> dict[str, Any]:
     }
 
 
-def package_version(name: str) -> str | None:
-    """The installed version, or None."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def processor() -> dict[str, Any]:
-    """Model, instruction sets and threads of the CPU, as far as the system tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
-    # the first core speaks for all
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
-    flags = facts.get("flags", facts.get("Features", "")).split()
-    return {
-        "model": facts.get("model name") or platform.processor() or platform.machine(),
-        "instruction_sets": [name for name in INSTRUCTION_SETS if name in flags],
-        "threads": torch.get_num_threads(),
-    }
-
-
 def extension() -> dict[str, str | None]:
     """The instruction set for which fastkd._C runs its row ops, or why there is none."""
     try:
         return {"isa": importlib.import_module("fastkd._C").isa(), "error": None}
     except ImportError as error:
         return {"isa": None, "error": str(error)}
-
-
-def devices() -> list[dict[str, Any]]:
-    """The CPU and every accelerator that torch sees."""
-    found: list[dict[str, Any]] = [{"device": "cpu", "name": platform.machine()}]
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        found.append(
-            {
-                "device": f"cuda:{index}",
-                "name": properties.name,
-                "capability": f"{properties.major}.{properties.minor}",
-                "memory_gib": round(properties.total_memory / 2**30, 1),
-            }
-        )
-    if torch.backends.mps.is_available():
-        found.append({"device": "mps", "name": "Apple GPU"})
-    return found
 
 
 def show(report: dict[str, Any], console: Console) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 import transformers
 
-from fastkd import demo, demo_assets, demo_distill, demo_report
+from fastkd import Head, demo, demo_assets, demo_distill, demo_report
+from fastkd.machine import PeakMemory
 
 VOCABULARY = 101  # a prime: no multiple of any tile
 
@@ -177,7 +178,7 @@ def test_cutting_the_loss_out_of_the_graph_changes_no_gradient(teacher):
     got = [parameter.grad for parameter in student.parameters()]
 
     outputs = demo_distill.hidden_states(student, ids, torch.float32), demo_distill.head_weight(student, torch.float32)
-    whole = demo_distill.naive_loss(demo.fastkd.Head(*outputs), taught)
+    whole = demo_distill.naive_loss(Head(*outputs), taught)
     expected = torch.autograd.grad(whole, list(student.parameters()))
     assert value == whole.item()
     assert len(run.loss_ms) == len(run.extra_bytes) == 1
@@ -233,7 +234,7 @@ def test_the_same_seed_gives_the_same_run(teacher, topics):
 def test_peak_memory_sees_what_is_freed_again():
     size = 64 << 20  # far above the noise of pages that others touch
     kept = torch.ones(size // 4)
-    with demo_distill.PeakMemory() as memory:
+    with PeakMemory() as memory:
         for _ in range(2):  # one after the other: they never live together
             torch.ones(size // 4)
     del kept

@@ -7,7 +7,7 @@ import torch
 
 import fastkd
 from fastkd import Head, chunks
-from fastkd.demo_distill import PeakMemory
+from fastkd.machine import PeakMemory
 from fastkd.problem import Side
 from fastkd.rows_torch import Rows
 
