@@ -11,6 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 # Each command is the module fastkd.<name> with add_arguments(parser) and run(args) -> exit status.
 COMMANDS = {
     "doctor": "say what this machine can run, and why it cannot run the rest",
+    "validate": "hold every op on every backend against the float64 reference",
+    "bench": "measure time and memory against plain PyTorch, the bare GEMMs, and peers that are installed",
+    "plan": "say how many bytes a loss will take, materialised and fused",
     "demo": "distil a real language model and compare with F.kl_div",
 }
 
@@ -24,6 +27,10 @@ EPILOG = """\
 examples:
   fastkd doctor              which backends can serve here
   fastkd doctor --json       the same for a program, or for a bug report
+  fastkd validate --quick    are the kernels right on this machine
+  fastkd bench --quick       and what do they save
+  fastkd plan --model llama-3-8b --tokens 8192
+                             the bytes of a loss before it is run
   fastkd demo --help         what the demo does and how to make it shorter
 
 environment:
