@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils import _pytree
 
 from fastkd import backends, checks, driver, reference
 from fastkd.problem import KD, Select, Spec, Stats, Tensors
 
-NOTHING = "<None>"  # for None on its way through `traceable`
 SERVED = {KD: 7, Select: 3, Stats: 3}  # the row ops give gradients for the first so many tensors
 
 _library = torch.library.Library("fastkd", "DEF")
@@ -61,24 +59,6 @@ def apply(spec: Spec, tensors: Tensors, backend: str | None) -> tuple[Tensor, ..
         return _define(spec, tensors)
     spec = replace(spec, backend=name)
     return Fused.apply(spec, _made_in_forward(spec, tensors), *tensors)[: driver.count(spec)]
-
-
-def traceable(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of keywords as one call that torch.compile does not look into, and AOTAutograd traces.
-
-    Such calls take no None; a word stands for it on the way. Numbers that are not sizes of tensors are held constant.
-    """
-
-    def restore(x: Any) -> Any:
-        if isinstance(x, torch.SymFloat | torch.SymInt):
-            return float(x) if isinstance(x, torch.SymFloat) else int(x)
-        return None if isinstance(x, str) and x == NOTHING else x
-
-    @torch._dynamo.nonstrict_trace
-    def opaque(kwargs: dict[str, Any]) -> Any:
-        return function(**_pytree.tree_map(restore, kwargs))
-
-    return lambda **kwargs: opaque(_pytree.tree_map(lambda x: NOTHING if x is None else x, kwargs))
 
 
 def _define(spec: Spec, tensors: Tensors) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastkd import checks, divergences
 from fastkd.divergences import Divergence
-from fastkd.fused import apply, traceable
+from fastkd.fused import apply
 from fastkd.normal_form import DenseSource, PerToken, common_vocab
 from fastkd.problem import KD, TENSOR, KDTensors
 from fastkd.sources import Head, Labels
@@ -85,7 +85,11 @@ def kd_loss(
     Sources: Hinton et al. 2015 (arXiv:1503.02531); Agarwal et al. 2024 (GKD, arXiv:2306.13649).
     """
     kwargs = locals()
-    return _traced(**kwargs) if torch.compiler.is_compiling() else _kd_loss(**kwargs)
+    if torch.compiler.is_compiling():
+        from fastkd import traced
+
+        return traced.kd_loss(**kwargs)
+    return _kd_loss(**kwargs)
 
 
 def _kd_loss(
@@ -145,9 +149,6 @@ def _kd_loss(
     tensors = KDTensors._make((factor, *sources, *settings, target_tensors))
     (out,) = apply(spec, tensors.flat(), backend)
     return out if spec.total else out.reshape(row.lead)
-
-
-_traced = traceable(_kd_loss)
 
 
 def _check_settings(reduction: Any, vocab: Any, chunk_tokens: Any, num_tokens: Any, target: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd import checks
-from fastkd.fused import apply, traceable
+from fastkd.fused import apply
 from fastkd.normal_form import DenseSource, PerToken
 from fastkd.problem import Select, Stats
 from fastkd.sources import Head
@@ -48,7 +48,11 @@ def token_stats(
         :class:`TokenStats`: float32 (float64 for float64) and int64. All but ``argmax`` are differentiable.
     """
     kwargs = locals()
-    return TokenStats(*(_stats_traced(**kwargs) if torch.compiler.is_compiling() else _token_stats(**kwargs)))
+    if torch.compiler.is_compiling():
+        from fastkd import traced
+
+        return TokenStats(*traced.token_stats(**kwargs))
+    return TokenStats(*_token_stats(**kwargs))
 
 
 def _token_stats(
@@ -84,7 +88,11 @@ def selected_log_probs(
         [..., K], float32 (float64 for float64), differentiable.
     """
     kwargs = locals()
-    return _select_traced(**kwargs) if torch.compiler.is_compiling() else _selected_log_probs(**kwargs)
+    if torch.compiler.is_compiling():
+        from fastkd import traced
+
+        return traced.selected_log_probs(**kwargs)
+    return _selected_log_probs(**kwargs)
 
 
 def _selected_log_probs(
@@ -100,7 +108,3 @@ def _selected_log_probs(
         )
     tensors = (*s.tensors(row), row("temperature", temperature, above=0.0), ids.reshape(*row.size, ids.shape[-1]))
     return apply(Select("", chunk_tokens, s.side, s.vocab), tensors, backend)[0].reshape(ids.shape)
-
-
-_stats_traced = traceable(_token_stats)
-_select_traced = traceable(_selected_log_probs)

@@ -1,5 +1,8 @@
 """torch.compile(fullgraph=True), torch.export and the library op: the same numbers as eager, static and dynamic."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -257,3 +260,22 @@ def test_make_fx():
     graph = make_fx(call, tracing_mode="fake")(*a)
     b = [x.flip(0) for x in a]
     torch.testing.assert_close(graph(*b), call(*b))
+
+
+def test_importing_fastkd_imports_no_compiler_and_the_first_call_may_be_a_compiled_one():
+    code = """
+import sys
+import torch
+before = set(sys.modules)
+import fastkd
+heavy = {"torch._dynamo", "torch._inductor", "sympy", "triton", "rich", "matplotlib"} & (set(sys.modules) - before)
+assert not heavy, heavy
+s, t, ids = torch.randn(3, 7), torch.randn(3, 7), torch.tensor([[1], [2], [3]])
+def every_op(s, t, ids):
+    stats = fastkd.token_stats(s)
+    return fastkd.kd_loss(s, t) + stats.lse.sum() + fastkd.selected_log_probs(s, ids).sum()
+compiled = torch.compile(every_op, fullgraph=True, backend="eager")
+torch.testing.assert_close(compiled(s, t, ids), every_op(s, t, ids))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
