@@ -7,9 +7,13 @@
 #endif
 
 #include <cstdlib>
+#include <iterator>
+#include <mutex>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "pointwise.h"
@@ -99,12 +103,12 @@ void stats(int64_t n, int64_t vocab, SourceTuple s, MatrixTuple g, std::tuple<ui
 
 void accumulate(uintptr_t acc, uintptr_t low, uintptr_t part, int dtype, int64_t n, bool first, int threads) {
   py::gil_scoped_release release;
-  active->accumulate({at<void>(acc), at<uint16_t>(low), at<const void>(part), dtype, n, first, threads});
+  active->accumulate({at<void>(acc), at<uint8_t>(low), at<const void>(part), dtype, n, first, threads});
 }
 
-void round_halves(uintptr_t high, uintptr_t low, int64_t n, int threads) {
+void round_sum(uintptr_t high, uintptr_t low, int64_t n, int threads) {
   py::gil_scoped_release release;
-  active->round_halves({at<void>(high), at<uint16_t>(low), nullptr, BFloat16, n, false, threads});
+  active->round_sum({at<void>(high), at<uint8_t>(low), nullptr, BFloat16, n, false, threads});
 }
 
 double kl_div_sum(uintptr_t x, uintptr_t t, int dtype, int64_t n, bool log_target, int threads) {
@@ -117,13 +121,86 @@ void kl_div_grad(uintptr_t t, uintptr_t out, int dtype, int64_t n, bool log_targ
   active->kl_div_grad({nullptr, at<const void>(t), at<void>(out), dtype, n, log_target, scale, threads});
 }
 
-// Asks for huge pages, before the first touch, for what lies within [address, address + bytes) and is worth it.
-void advise_huge(uintptr_t address, int64_t bytes) {
+// Memory of large tensors. A block that is freed is kept, up to a limit in all, and handed out again: fresh pages are zeroed
+// by the system at their first touch, which costs as much as a pass over them. Aligned so that huge pages fit.
+class Pool {
+ public:
+  void* take(size_t bytes) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      for (auto b = free_.rbegin(); b != free_.rend(); ++b)
+        if (b->bytes == bytes) {
+          void* data = b->data;
+          kept_ -= bytes;
+          free_.erase(std::next(b).base());
+          return data;
+        }
+    }
+    void* data = nullptr;
+    if (posix_memalign(&data, HUGE, bytes) != 0) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-  const uintptr_t page = 4096, start = (address + page - 1) / page * page;
-  if (bytes >= (8 << 20)) madvise(at<void>(start), (address + bytes - start) / page * page, MADV_HUGEPAGE);
+    madvise(data, bytes, MADV_HUGEPAGE);
 #endif
+    return data;
+  }
+
+  void give(void* data, size_t bytes) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back({data, bytes});
+    kept_ += bytes;
+    shrink(limit_);
+  }
+
+  size_t set_limit(size_t limit) {  // returns the limit before
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::swap(limit, limit_);
+    shrink(limit_);
+    return limit;
+  }
+
+  size_t kept() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return kept_;
+  }
+
+  static constexpr size_t HUGE = 2 << 20;
+
+ private:
+  struct Free {
+    void* data;
+    size_t bytes;
+  };
+  void shrink(size_t limit) {  // the oldest go first
+    while (kept_ > limit) {
+      kept_ -= free_.front().bytes;
+      std::free(free_.front().data);
+      free_.erase(free_.begin());
+    }
+  }
+  std::mutex mutex_;
+  std::vector<Free> free_;
+  size_t kept_ = 0, limit_ = 256 << 20;
+};
+
+Pool& pool() {
+  static Pool* p = new Pool;  // outlives every tensor
+  return *p;
 }
+
+// A Python buffer over pooled memory; a tensor made of it holds it alive.
+class Block {
+ public:
+  explicit Block(size_t bytes) : bytes_((bytes + Pool::HUGE - 1) / Pool::HUGE * Pool::HUGE), data_(pool().take(bytes_)) {}
+  ~Block() { pool().give(data_, bytes_); }
+  Block(const Block&) = delete;
+  py::buffer_info buffer() const {
+    return py::buffer_info(data_, 1, py::format_descriptor<uint8_t>::format(), (py::ssize_t)bytes_);
+  }
+
+ private:
+  size_t bytes_;
+  void* data_;
+};
 
 }  // namespace
 
@@ -141,8 +218,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("select", selected);
   m.def("stats", stats);
   m.def("accumulate", accumulate);
-  m.def("round_halves", round_halves);
+  m.def("round_sum", round_sum);
   m.def("kl_div_sum", kl_div_sum);
   m.def("kl_div_grad", kl_div_grad);
-  m.def("advise_huge", advise_huge);
+  py::class_<Block>(m, "Block", py::buffer_protocol(), "Memory of a large tensor, pooled.")
+      .def(py::init<size_t>(), py::arg("bytes"))
+      .def_buffer(&Block::buffer);
+  m.def("kept_bytes", [] { return pool().kept(); }, "Bytes of freed blocks that are kept.");
+  m.def("keep_at_most", [](size_t bytes) { return pool().set_limit(bytes); }, "Sets the limit of them; returns the one before.");
 }

@@ -3,7 +3,10 @@
 #include "rows.h"
 #include "vector_math.h"
 #include "pointwise.h"
+#include "transfer.h"
 
+#include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdlib>
 
@@ -11,60 +14,8 @@ namespace fastkd {
 namespace FASTKD_ISA {
 namespace {
 
-constexpr int64_t TILE = 1024;
+constexpr int64_t TILE = 1024, BLOCK = 256;  // BLOCK: between requests for what comes next
 constexpr float INF = __builtin_inff();
-
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// ---- loads and stores: x[0..n) of a dtype <-> float32 ----
-
-void half_to_float(const uint16_t* x, int64_t n, float* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) {
-    const uint32_t sign = (uint32_t)(x[i] & 0x8000u) << 16, rest = (uint32_t)(x[i] & 0x7fffu) << 13;
-    const uint32_t value = float_to_bits(bits_to_float(rest) * 0x1p112f);  // rebias the exponent, subnormals too
-    out[i] = bits_to_float(sign | ((x[i] & 0x7c00u) == 0x7c00u ? rest | 0x7f800000u : value));
-  }
-}
-
-void float_to_half(const float* x, int64_t n, uint16_t* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) {
-    const uint32_t u = float_to_bits(x[i]), sign = u >> 16 & 0x8000u, rest = u & 0x7fffffffu;
-    const uint32_t special = rest > 0x7f800000u ? 0x7e00u : 0x7c00u;                          // NaN, infinity
-    const uint32_t small = float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000u;           // below 2^-14: the sum rounds
-    const uint32_t normal = (rest - (112u << 23) + 0xfffu + (rest >> 13 & 1u)) >> 13;         // to nearest, ties to even
-    out[i] = (uint16_t)(sign | (rest >= 0x47800000u ? special : rest < 0x38800000u ? small : normal));
-  }
-}
-
-void load(const void* data, int dtype, int64_t offset, int64_t n, float* out) {
-  if (dtype == Float32) {
-    __builtin_memcpy(out, (const float*)data + offset, n * sizeof(float));
-  } else if (dtype == BFloat16) {
-    const uint16_t* x = (const uint16_t*)data + offset;
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) out[i] = bits_to_float((uint32_t)x[i] << 16);
-  } else {
-    half_to_float((const uint16_t*)data + offset, n, out);
-  }
-}
-
-void store(void* data, int dtype, int64_t offset, int64_t n, const float* x) {
-  if (dtype == Float32) {
-    __builtin_memcpy((float*)data + offset, x, n * sizeof(float));
-  } else if (dtype == BFloat16) {
-    uint16_t* out = (uint16_t*)data + offset;
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-      const uint32_t u = float_to_bits(x[i]);
-      const uint32_t even = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-      out[i] = (uint16_t)(x[i] != x[i] ? 0x7fc0u : even);
-    }
-  } else {
-    float_to_half(x, n, (uint16_t*)data + offset);
-  }
-}
 
 // effective logits of columns [v, v + n) of a row: in z, or the logits themselves where nothing is to be done
 const float* load_logits(const Source& src, int64_t row, int64_t v, int64_t n, float* z) {
@@ -85,7 +36,19 @@ const float* load_logits(const Source& src, int64_t row, int64_t v, int64_t n, f
   return z;
 }
 
-// writes g * dz/draw * factor for the columns that the matrix has
+// Columns [v, v + n) of a row of the gradient, as far as the matrix has them: past the caches where it is not written over
+// the logits, which a GEMM is about to read.
+void store_tile(const Matrix& g, const Source& src, int64_t row, int64_t v, int64_t n, const float* grad) {
+  n = v >= g.width ? 0 : smaller(n, g.width - v);
+  const int64_t offset = row * g.stride + v;
+  if (g.data == src.raw.data) return store(g.data, g.dtype, offset, n, grad);
+  if (g.dtype == Float32) return stream((float*)g.data + offset, grad, n * sizeof(float));
+  uint16_t half[TILE];
+  store(half, g.dtype, 0, n, grad);
+  stream((uint16_t*)g.data + offset, half, n * sizeof(uint16_t));
+}
+
+// writes g * dz/draw * factor
 void store_gradient(const Matrix& g, const Source& src, float factor, int64_t row, int64_t v, int64_t n, const float* z,
                     float* grad) {
   n = v >= g.width ? 0 : smaller(n, g.width - v);
@@ -101,11 +64,11 @@ void store_gradient(const Matrix& g, const Source& src, float factor, int64_t ro
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) grad[i] *= f;
   }
-  store(g.data, g.dtype, row * g.stride + v, n, grad);
+  store_tile(g, src, row, v, n, grad);
 }
 
 void zero_gradient(const Matrix& g, int64_t row) {
-  const int64_t size = g.dtype == Float32 ? 4 : 2;
+  const int64_t size = size_of(g.dtype);
   __builtin_memset((char*)g.data + row * g.stride * size, 0, g.width * size);
 }
 
@@ -127,7 +90,7 @@ constexpr double LN2 = 0.693147180559945309;
 struct Softmax {
   float top, inv;
   double sum;
-  float log_sum() const { return (float)std::log(sum); }
+  double above(float z) const { return ((double)z - top) * inv; }
   float scale() const { return (float)(1.0 / sum); }
 };
 
@@ -135,14 +98,26 @@ Softmax softmax_of(const Source& src, int64_t row, int64_t vocab, float* tile) {
   return {largest(src, row, vocab, tile), 1.f / src.temperature[row], 0};
 }
 
+// What one pass over a tile leaves: the largest logits, from which x and y are measured there, and sums; and once the whole
+// row is seen, the factors that bring e^x and e^y of the tile to the row's own largest logit, and x - y (in units of ln 2).
+struct Tile {
+  float ms, mt;
+  double ls, lt, cross;
+  float ws, wt, gap;
+};
+
 // Each thread's memory: tiles, and e^x of a row of the student and of the teacher [vocab]
 struct Scratch {
   float zs[TILE], zt[TILE], grad[TILE];
+  Tile* tiles;
   float *es, *et;
-  explicit Scratch(int64_t vocab) : es((float*)std::malloc(2 * vocab * sizeof(float))), et(es + vocab) {
-    if (es == nullptr) std::abort();
+  explicit Scratch(int64_t vocab) {
+    const int64_t count = (vocab + TILE - 1) / TILE;
+    tiles = (Tile*)std::malloc(count * sizeof(Tile) + 2 * vocab * sizeof(float));
+    if (tiles == nullptr) std::abort();
+    es = (float*)(tiles + count), et = es + vocab;
   }
-  ~Scratch() { std::free(es); }
+  ~Scratch() { std::free(tiles); }
   Scratch(const Scratch&) = delete;
 };
 
@@ -165,19 +140,30 @@ void exponentials(const Source& src, int64_t row, int64_t vocab, Softmax& s, flo
   s.sum = sum;
 }
 
-// Both softmaxes: e^x in es, e^y in et (reverse KL: (x - y) / ln 2), their sums; and for the closed forms the sum of the
-// divergence's terms without the logarithms of those sums.
+// The largest of a tile; differences from it are defined even where all are -inf.
+float largest_of(const float* z, int64_t n) {
+  float top = -INF;
+#pragma omp simd reduction(max : top)
+  for (int64_t i = 0; i < n; i++) top = z[i] > top ? z[i] : top;
+  return top == -INF ? -FLT_MAX : top;
+}
+
+// Both softmaxes of a tile, measured from its own largest logits: e^x in es, e^y in et (reverse KL: (x - y) / ln 2), their
+// sums, and for the closed forms the sum of the divergence's terms without the logarithms of those sums.
 template <Kind K, bool NORMALIZED>
-double both_sums(const DivergenceArgs& a, int64_t r, Softmax& s, Softmax& t, Scratch& w) {
+Tile tile_sums(const DivergenceArgs& a, int64_t r, int64_t v, float is, float it, Scratch& w) {
+  const int64_t n = smaller(TILE, a.vocab - v);
+  const float *zs = load_logits(a.s, r, v, n, w.zs), *zt = load_logits(a.t, r, v, n, w.zt);
+  float *es = w.es + v, *et = w.et + v;
+  const float ms = largest_of(zs, n), mt = NORMALIZED ? largest_of(zt, n) : 0.f;
   double ls = 0, lt = 0, cross = 0;
-  const float ms = s.top, mt = t.top, is = s.inv * LOG2E, it = t.inv * LOG2E;
-  for (int64_t v = 0; v < a.vocab; v += TILE) {
-    const int64_t n = smaller(TILE, a.vocab - v);
-    const float *zs = load_logits(a.s, r, v, n, w.zs), *zt = load_logits(a.t, r, v, n, w.zt);
-    float *es = w.es + v, *et = w.et + v;
+  for (int64_t b = 0; b < n; b += BLOCK) {
+    const int64_t end = smaller(n, b + BLOCK);
+    prefetch(a.s.raw, r, v + b + TILE, BLOCK);
+    prefetch(a.t.raw, r, v + b + TILE, BLOCK);
     float p1 = 0, p2 = 0, p3 = 0;
 #pragma omp simd reduction(+ : p1, p2, p3)
-    for (int64_t i = 0; i < n; i++) {
+    for (int64_t i = b; i < end; i++) {
       const float x = (zs[i] - ms) * is, y = (zt[i] - mt) * it;  // in units of ln 2
       const float q = fastkd_exp2(x), p = fastkd_exp2(NORMALIZED ? y : 128.f < y ? 128.f : y);
       p1 += q;
@@ -190,17 +176,47 @@ double both_sums(const DivergenceArgs& a, int64_t r, Softmax& s, Softmax& t, Scr
     }
     ls += p1, lt += p2, cross += p3;
   }
+  return {ms, mt, ls, lt, cross * LN2, 0, 0, 0};
+}
+
+// The tiles' sums as sums of the row, and their factors; returns the sum of the divergence's terms.
+template <Kind K>
+double gather_tiles(int64_t vocab, Softmax& s, Softmax& t, Scratch& w) {
+  double ls = 0, lt = 0, cross = 0;
+  for (int64_t v = 0; v < vocab; v += TILE) {
+    Tile& k = w.tiles[v / TILE];
+    const double ds = s.above(k.ms), dt = t.above(k.mt), gap = ds - dt;
+    k.ws = (float)std::exp(ds), k.wt = (float)std::exp(dt), k.gap = (float)(gap / LN2);
+    if (k.ws != 0.f) ls += k.ws * k.ls;  // a tile without weight may hold infinities
+    if (k.wt != 0.f) lt += k.wt * k.lt;
+    if (K == Kind::ForwardKL && k.wt != 0.f) cross += k.wt * (k.cross - k.lt * gap);
+    if (K == Kind::ReverseKL && k.ws != 0.f) cross += k.ws * (k.cross + k.ls * gap);
+    if (K == Kind::CrossEntropy && k.wt != 0.f) cross += k.wt * (k.cross - k.lt * ds);
+  }
+  if (ls == 0) std::fill_n(w.es, vocab, __builtin_nanf(""));  // no entry has mass: the gradient is NaN too
   s.sum = ls, t.sum = lt;
-  return cross * LN2;
+  return cross;
+}
+
+// Both softmaxes of a row in one pass over its logits.
+template <Kind K, bool NORMALIZED>
+double both_sums(const DivergenceArgs& a, int64_t r, Softmax& s, Softmax& t, Scratch& w) {
+  s.top = -FLT_MAX, t.top = NORMALIZED ? -FLT_MAX : 0.f;
+  for (int64_t v = 0; v < a.vocab; v += TILE) {
+    const Tile k = tile_sums<K, NORMALIZED>(a, r, v, s.inv * LOG2E, t.inv * LOG2E, w);
+    w.tiles[v / TILE] = k;
+    s.top = k.ms > s.top ? k.ms : s.top, t.top = k.mt > t.top ? k.mt : t.top;
+  }
+  return gather_tiles<K>(a.vocab, s, t, w);
 }
 
 // One divergence on a tile: h[0..n) = weight * h (FIRST), or += ; and the sums of phi and of h. h may be et.
 template <Kind K, bool FIRST, bool PLAIN = false>
-void tile_point(const Term& term, float weight, int64_t n, const Softmax& s, const Softmax& t, const float* zs,
+void tile_point(const Term& term, float weight, int64_t n, const Softmax& s, const Softmax& t, const Tile& k, const float* zs,
                 const float* zt, const float* es, const float* et, float* h, double& loss, double& total) {
-  const float a = term.a, b = term.b, ls = s.log_sum(), lt = t.log_sum();
-  const float rs = (float)std::exp(-(double)ls), rt = (float)std::exp(-(double)lt);  // p = e^lp also to ls's rounding
-  const float ms = s.top, mt = t.top, is = s.inv, it = t.inv;
+  const float a = term.a, b = term.b, ms = k.ms, mt = k.mt, is = s.inv, it = t.inv;
+  const float ls = (float)(std::log(s.sum) - s.above(ms)), lt = (float)(std::log(t.sum) - t.above(mt));
+  const float rs = (float)std::exp(-(double)ls), rt = (float)std::exp(-(double)lt);  // p = e^lp also to lp's rounding
   float sum_phi = 0, sum_h = 0;
 #pragma omp simd reduction(+ : sum_phi, sum_h)
   for (int64_t i = 0; i < n; i++) {
@@ -220,21 +236,22 @@ void general_sums(const DivergenceArgs& a, int64_t r, const Softmax& s, const So
     const int64_t n = smaller(TILE, a.vocab - v);
     const float *zs = load_logits(a.s, r, v, n, w.zs), *zt = load_logits(a.t, r, v, n, w.zt);
     float *es = w.es + v, *et = w.et + v, *h = a.term_count == 1 ? et : w.grad;
+    const Tile& k = w.tiles[v / TILE];
     bool first = true;
-    for (int k = 0; k < a.term_count; k++) {
-      const Term& term = a.terms[k];
+    for (int i = 0; i < a.term_count; i++) {
+      const Term& term = a.terms[i];
       const float weight = term.weight[r];
       if (weight == 0.f) continue;
       if (first && is_plain((Kind)term.kind, term.a, term.b)) {
-        tile_point<Kind::AlphaBeta, true, true>(term, weight, n, s, t, zs, zt, es, et, h, loss, total);
+        tile_point<Kind::AlphaBeta, true, true>(term, weight, n, s, t, k, zs, zt, es, et, h, loss, total);
         first = false;
         continue;
       }
       switch ((Kind)term.kind) {
 #define X(name, id)                                                                              \
   case Kind::id:                                                                                 \
-    first ? tile_point<Kind::id, true>(term, weight, n, s, t, zs, zt, es, et, h, loss, total)    \
-          : tile_point<Kind::id, false>(term, weight, n, s, t, zs, zt, es, et, h, loss, total);  \
+    first ? tile_point<Kind::id, true>(term, weight, n, s, t, k, zs, zt, es, et, h, loss, total)    \
+          : tile_point<Kind::id, false>(term, weight, n, s, t, k, zs, zt, es, et, h, loss, total);  \
     break;
         FASTKD_DIVERGENCES(X)
 #undef X
@@ -324,15 +341,20 @@ void add_label_gradient(const DivergenceArgs& a, int64_t r, int64_t v, int64_t n
   if (y >= 0 && y < n) grad[y] -= c * (1.f - a.label_smoothing);
 }
 
-void divergence_gradient(const Row& row, bool reverse, int64_t v, int64_t n, Scratch& w) {
+// grad[0..n) = factor * gradient with respect to the effective logits of a tile
+void divergence_gradient(const Row& row, bool reverse, bool general, float factor, int64_t v, int64_t n, Scratch& w) {
+  float* grad = w.grad;
   const float *es = w.es + v, *et = w.et + v;
-  const float cs = row.cs, ct = row.ct, shift = row.shift;
-  if (reverse) {
+  const Tile& k = w.tiles[v / TILE];
+  const float cs = factor * row.cs * k.ws, ct = factor * row.ct * (general ? 1.f : k.wt), shift = row.shift - k.gap;
+  if (reverse && k.ws == 0.f) {
+    __builtin_memset(grad, 0, n * sizeof(float));
+  } else if (reverse) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; i++) w.grad[i] = es[i] == 0.f ? 0.f : cs * es[i] * (et[i] - shift);
+    for (int64_t i = 0; i < n; i++) grad[i] = es[i] == 0.f ? 0.f : cs * es[i] * (et[i] - shift);
   } else {
 #pragma omp simd
-    for (int64_t i = 0; i < n; i++) w.grad[i] = (es[i] == 0.f ? 0.f : cs * es[i]) + ct * et[i];
+    for (int64_t i = 0; i < n; i++) grad[i] = (es[i] == 0.f ? 0.f : cs * es[i]) + ct * et[i];
   }
 }
 
@@ -341,10 +363,9 @@ void one_row(const DivergenceArgs& a, int64_t r, Scratch& w) {
   const Kind kind = dense && !general ? (Kind)a.terms[0].kind : Kind::AlphaBeta;
   const float weight = !dense ? 0.f : general ? 1.f : a.terms[0].weight[r];
   Row row;
-  row.s = softmax_of(a.s, r, a.vocab, w.zs);
+  if (weight == 0.f) row.s = softmax_of(a.s, r, a.vocab, w.zs);
   if (weight != 0.f) {
-    row.t = softmax_of(a.t, r, a.vocab, w.zt);
-    if (!a.normalized) row.t.top = 0.f;
+    row.s.inv = 1.f / a.s.temperature[r], row.t.inv = 1.f / a.t.temperature[r];
     if (general) general_row(a, r, row, w);
     if (kind == Kind::ForwardKL) closed_row<Kind::ForwardKL>(a, r, weight, row, w);
     if (kind == Kind::ReverseKL) closed_row<Kind::ReverseKL>(a, r, weight, row, w);
@@ -358,11 +379,17 @@ void one_row(const DivergenceArgs& a, int64_t r, Scratch& w) {
   }
   a.loss[r] = (float)row.loss;
   if (a.g.data == nullptr) return;
+  const bool scaled = hard == 0.f && a.s.softcap == 0.f && weight != 0.f;  // dL/draw is dL/dz times one number
   for (int64_t v = 0; v < a.vocab; v += TILE) {
     const int64_t n = smaller(TILE, a.vocab - v);
-    const float* z = hard != 0.f || a.s.softcap != 0.f ? load_logits(a.s, r, v, n, w.zs) : nullptr;
+    if (scaled) {
+      divergence_gradient(row, kind == Kind::ReverseKL, general, a.factor[r] * a.s.scale, v, n, w);
+      store_tile(a.g, a.s, r, v, n, w.grad);
+      continue;
+    }
+    const float* z = load_logits(a.s, r, v, n, w.zs);
     if (weight != 0.f)
-      divergence_gradient(row, kind == Kind::ReverseKL, v, n, w);
+      divergence_gradient(row, kind == Kind::ReverseKL, general, 1.f, v, n, w);
     else
       __builtin_memset(w.grad, 0, n * sizeof(float));
     if (hard != 0.f) add_label_gradient(a, r, v, n, row.hard, hard * row.hard.inv, z, w.grad);
@@ -383,6 +410,7 @@ void divergence(const DivergenceArgs& a) {
         if (a.g.data != nullptr) zero_gradient(a.g, r);
       }
     }
+    fence();
   }
 }
 
@@ -418,6 +446,7 @@ void select(const SelectArgs& a) {
       for (int64_t k = 0; k < a.k; k++) w.es[ids[k]] += cotangent[k];
       store_row(a.g, a.s, s.inv, r, a.vocab, w);
     }
+    fence();
   }
 }
 
@@ -483,10 +512,11 @@ void stats(const StatsArgs& a) {
       w.es[top] += d_max;
       store_row(a.g, a.s, s.inv, r, a.vocab, w);
     }
+    fence();
   }
 }
 
-float join(uint16_t high, uint16_t low) { return bits_to_float((uint32_t)high << 16 | low); }
+float join(uint16_t high, uint8_t low) { return bits_to_float((uint32_t)high << 16 | (uint32_t)low << 8); }
 
 void accumulate(const AccumulateArgs& a) {
 #pragma omp parallel num_threads(a.threads)
@@ -502,25 +532,28 @@ void accumulate(const AccumulateArgs& a) {
         for (int64_t i = 0; i < n; i++) acc[i] = a.first ? part[i] : acc[i] + part[i];
         continue;
       }
-      uint16_t *high = (uint16_t*)a.acc + v, *low = a.low + v;
+      uint16_t* high = (uint16_t*)a.acc + v;
+      uint8_t* low = a.low + v;
 #pragma omp simd
       for (int64_t i = 0; i < n; i++) {
-        const uint32_t u = float_to_bits(a.first ? part[i] : join(high[i], low[i]) + part[i]);
-        high[i] = (uint16_t)(u >> 16);
-        low[i] = (uint16_t)u;
+        const float sum = a.first ? part[i] : join(high[i], low[i]) + part[i];
+        const uint32_t u = float_to_bits(sum), even = u + 0x7fu + (u >> 8 & 1u), bits = sum != sum ? 0x7fc00000u : even;
+        high[i] = (uint16_t)(bits >> 16);
+        low[i] = (uint8_t)(bits >> 8);
       }
     }
   }
 }
 
-void round_halves(const AccumulateArgs& a) {
+void round_sum(const AccumulateArgs& a) {
 #pragma omp parallel num_threads(a.threads)
   {
     float sum[TILE];
 #pragma omp for schedule(static)
     for (int64_t v = 0; v < a.n; v += TILE) {
       const int64_t n = smaller(TILE, a.n - v);
-      uint16_t *high = (uint16_t*)a.acc + v, *low = a.low + v;
+      const uint16_t* high = (const uint16_t*)a.acc + v;
+      const uint8_t* low = a.low + v;
 #pragma omp simd
       for (int64_t i = 0; i < n; i++) sum[i] = join(high[i], low[i]);
       store(a.acc, BFloat16, v, n, sum);
@@ -584,7 +617,7 @@ void kl_div_grad(const KLDivArgs& a) {
 
 }  // namespace
 
-extern const Kernels kernels = {FASTKD_STRING(FASTKD_ISA), divergence, select, stats, accumulate, round_halves, kl_div_sum, kl_div_grad};
+extern const Kernels kernels = {FASTKD_STRING(FASTKD_ISA), divergence, select, stats, accumulate, round_sum, kl_div_sum, kl_div_grad};
 
 }  // namespace FASTKD_ISA
 }  // namespace fastkd

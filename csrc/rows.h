@@ -62,10 +62,11 @@ struct StatsArgs {
   int threads;
 };
 
-// acc = part or acc += part, element by element, in float32. With low, acc holds the upper and low the lower 16 bits.
+// acc = part or acc += part, element by element, in float32. With low, the sum is kept in 24 bits: acc (bfloat16) holds the
+// upper 16, low the next 8; a part in bfloat16 has lost more than that already.
 struct AccumulateArgs {
   void* acc;
-  uint16_t* low;
+  uint8_t* low;
   const void* part;
   int dtype;
   int64_t n;
@@ -90,7 +91,7 @@ struct Kernels {
   void (*select)(const SelectArgs&);
   void (*stats)(const StatsArgs&);
   void (*accumulate)(const AccumulateArgs&);
-  void (*round_halves)(const AccumulateArgs&);  // acc [n] bfloat16 = the float32 of acc and low
+  void (*round_sum)(const AccumulateArgs&);  // acc [n] = the 24 bits of acc and low, rounded to bfloat16
   double (*kl_div_sum)(const KLDivArgs&);
   void (*kl_div_grad)(const KLDivArgs&);
 };

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import fastkd
+from fastkd import rows_cpu
 from fastkd.backends import extension
 
 # what row ops could make use of, in the kernel's spelling
@@ -140,7 +141,8 @@ class PeakMemory:
             self.before = torch.cuda.memory_allocated(self.device)
         elif self.device.type == "cpu":
             try:
-                ctypes.CDLL(None).malloc_trim(0)  # freed pages back to the kernel: reusing them would hide their use
+                rows_cpu.release()  # freed pages back to the kernel: reusing them would hide their use
+                ctypes.CDLL(None).malloc_trim(0)
                 Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
                 self.before = resident("VmRSS")
             except (OSError, AttributeError, TypeError):  # no /proc, no glibc, not permitted

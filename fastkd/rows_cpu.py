@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -16,6 +17,7 @@ from fastkd.rows_torch import Rows
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NOTHING = (0, 0, 0, 0)
+LARGE = 8 * 2**20  # bytes from which memory is pooled
 
 
 @cache
@@ -124,15 +126,20 @@ def stats(
 
 
 class Sum(rows_torch.Sum):
-    """A float32 sum. That of a bfloat16 out is kept in two halves, so that it costs 2 bytes an element: the upper 16
-    bits in out itself, the lower ones beside it."""
+    """A float32 sum. That of a bfloat16 out is kept in 24 bits, the upper 16 in out itself and 8 beside it: its parts,
+    results of bfloat16 products, have lost more than that already."""
 
     def __init__(self, out: Tensor) -> None:
         self.low: Tensor | None = None
         if out.dtype == torch.bfloat16:
-            self.out, self.wide, self.low = out, None, empty(out.shape, torch.int16, out.device)
+            self.out, self.wide, self.low = out, None, empty(out.shape, torch.uint8, out.device)
         else:
             super().__init__(out)
+
+    @staticmethod
+    def extra_bytes(dtype: torch.dtype) -> int:
+        """Memory beside out, an element."""
+        return 1 if dtype == torch.bfloat16 else rows_torch.Sum.extra_bytes(dtype)
 
     def add(self, start: int, part: Tensor, first: bool) -> None:
         """rows [start, start + n) += part [n, D]; = where first"""
@@ -148,14 +155,24 @@ class Sum(rows_torch.Sum):
         if self.low is None:
             super().close()
         else:
-            _kernels().round_halves(self.out.data_ptr(), self.low.data_ptr(), self.out.numel(), torch.get_num_threads())
+            _kernels().round_sum(self.out.data_ptr(), self.low.data_ptr(), self.out.numel(), torch.get_num_threads())
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for a large result or buffer, in huge pages if the system grants them: its first touch is 4 x faster."""
-    x = torch.empty(tuple(shape), dtype=dtype, device=device)
-    _kernels().advise_huge(x.data_ptr(), x.nbytes)
-    return x
+    """Memory for a large result or buffer, in huge pages if the system grants them. What is freed of it is kept, up to
+    256 MiB in all, and handed out again: the first touch of fresh pages costs as much as a pass over them."""
+    count = math.prod(shape)
+    if count * dtype.itemsize < LARGE or torch.device(device).type != "cpu":
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    block = _kernels().Block(count * dtype.itemsize)
+    return torch.frombuffer(block, dtype=dtype, count=count).view(tuple(shape))
+
+
+def release() -> None:
+    """Give what is kept back to the system."""
+    module = _kernels()
+    if module is not None:
+        module.keep_at_most(module.keep_at_most(0))
 
 
 def kl_div_sum(x: Tensor, t: Tensor, log_target: bool) -> float:

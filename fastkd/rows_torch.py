@@ -109,6 +109,11 @@ class Sum:
         self.out, dtype = out, accumulation(out.dtype)
         self.wide = out if out.dtype == dtype else empty(out.shape, dtype, out.device)
 
+    @staticmethod
+    def extra_bytes(dtype: torch.dtype) -> int:
+        """Memory beside out, an element."""
+        return 0 if dtype == accumulation(dtype) else accumulation(dtype).itemsize
+
     def add(self, start: int, part: Tensor, first: bool) -> None:
         """rows [start, start + n) += part [n, D]; = where first"""
         assert self.wide is not None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastkd
-from fastkd import Head, chunks
+from fastkd import Head, chunks, rows_cpu
 from fastkd.machine import PeakMemory
 from fastkd.problem import Side
 from fastkd.rows_torch import Rows
@@ -36,8 +36,6 @@ def test_peak_is_two_chunks_of_logits_and_the_gradients(n, dtype):
 
 def test_offsets_beyond_two_to_the_31():
     n, v = 65_700, 32_771  # n * v is just over 2^31; pages that nobody touches take no memory
-    from fastkd import rows_cpu
-
     s = torch.empty(n, v, dtype=torch.bfloat16)
     s[-1] = torch.randn(v)
     factor, ones = torch.zeros(n), torch.ones(n)
@@ -49,3 +47,99 @@ def test_offsets_beyond_two_to_the_31():
     expected = fastkd.kd_loss(s[-1:].clone(), t[-1:].clone(), "reverse_kl", backend="torch")
     torch.testing.assert_close(loss[-1], expected)
     assert not loss[:-1].any()
+
+
+# --- memory that is kept ---
+
+CPU = torch.device("cpu")
+MIB = 2**20
+pooled = pytest.mark.skipif(rows_cpu.extension()[0] is None, reason="the memory is the C++ extension's")
+
+
+def large(mib=16, dtype=torch.float32):
+    return rows_cpu.empty((mib * MIB // dtype.itemsize,), dtype, CPU)
+
+
+@pytest.fixture
+def pool():
+    rows_cpu.release()
+    yield rows_cpu.extension()[0]
+    rows_cpu.release()
+
+
+@pooled
+def test_freed_memory_is_handed_out_again_and_held_memory_never(pool):
+    a, b = large(), large()
+    assert a.data_ptr() != b.data_ptr() and pool.kept_bytes() == 0
+    address, view = a.data_ptr(), a[5:9].view(2, 2)
+    del a
+    assert pool.kept_bytes() == 0, "a view holds it"
+    del view
+    assert pool.kept_bytes() == 16 * MIB
+    c = large(dtype=torch.bfloat16)
+    assert c.data_ptr() == address and pool.kept_bytes() == 0
+    assert large(24).data_ptr() not in (address, b.data_ptr()), "another size"
+
+
+@pooled
+def test_no_more_than_the_limit_is_kept_and_all_can_be_released(pool):
+    held = [large(48) for _ in range(7)]  # 336 MiB; nobody touches them
+    last = held[-1].data_ptr()
+    while held:
+        held.pop(0)
+    assert pool.kept_bytes() == 5 * 48 * MIB, "the oldest went, down to 256 MiB"
+    assert large(48).data_ptr() == last, "the youngest is warmest"
+    rows_cpu.release()
+    assert pool.kept_bytes() == 0
+    huge = large(257)
+    del huge
+    assert pool.kept_bytes() == 0, "larger than the limit"
+
+
+@pooled
+def test_gradients_in_kept_memory_are_ordinary_tensors(pool):
+    s, t = torch.randn(3, MIB, requires_grad=True), torch.randn(3, MIB)
+    fastkd.kd_loss(s, t, backend="cpu").backward()
+    first, kept = s.grad, s.grad.clone()
+    s.grad = None
+    fastkd.kd_loss(2 * s, t, backend="cpu").backward()  # `first` is still held: its memory is not written
+    assert torch.equal(first, kept) and not torch.equal(s.grad, kept)
+    assert torch.equal(torch.load(saved(s.grad)), s.grad)
+    s.grad.add_(first).zero_()
+
+
+def saved(x):
+    import io
+
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return file
+
+
+# --- dweight, summed in 24 bits ---
+
+
+@pooled
+@pytest.mark.parametrize("isa", [] if rows_cpu.extension()[0] is None else rows_cpu.extension()[0].isas())
+@pytest.mark.parametrize("parts", [1, 64, 1000])
+def test_a_sum_in_24_bits_is_as_good_as_its_rounding_to_bfloat16(isa, parts):
+    generator = torch.Generator().manual_seed(parts)
+    a = torch.randn(parts, 37, 33, generator=generator).to(torch.bfloat16)  # sizes that no vector divides
+    a[:, 0, 0], a[-1, 0, 1], a[-1, 0, 2] = torch.finfo(torch.bfloat16).max, torch.nan, -torch.inf
+    before = rows_cpu.extension()[0].isa()
+    rows_cpu.extension()[0].set_isa(isa)
+    out = torch.full((37, 33), torch.nan, dtype=torch.bfloat16)
+    total = rows_cpu.Sum(out)
+    for i, part in enumerate(a):
+        total.add(0, part, first=i == 0)
+    total.close()
+    rows_cpu.extension()[0].set_isa(before)
+    exact = a.double().sum(0)
+    assert out[0, 1].isnan() and out[0, 2] == -torch.inf
+    assert out[0, 0] == (torch.inf if parts > 1 else torch.finfo(torch.bfloat16).max)
+    # each sum is rounded to 16 bits of mantissa, the last to 8; the sums on the way are at most the largest of them
+    rounding = a.double().cumsum(0).abs().sum(0) * 2.0**-17 + exact.abs() * 2.0**-8
+    assert ((out.double() - exact).abs() <= rounding)[1:].all()
+    error = (out.double() - exact)[1:].norm() / exact[1:].norm()
+    assert error < 2.0**-8, f"{error:.1e} of {parts} parts: no worse than one rounding"
