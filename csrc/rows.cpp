@@ -140,12 +140,25 @@ void exponentials(const Source& src, int64_t row, int64_t vocab, Softmax& s, flo
   s.sum = sum;
 }
 
-// The largest of a tile; differences from it are defined even where all are -inf.
-float largest_of(const float* z, int64_t n) {
+// Effective logits of a tile as load_logits gives them, and the largest, from which differences are defined even where all
+// are -inf.
+const float* load_with_top(const Source& src, int64_t r, int64_t v, int64_t n, float* tile, float& largest) {
+  const float* z = tile;
   float top = -INF;
+  if (src.raw.dtype == BFloat16 && v + n <= src.raw.width && src.scale == 1.f && src.softcap == 0.f) {
+    const uint16_t* x = (const uint16_t*)src.raw.data + r * src.raw.stride + v;
 #pragma omp simd reduction(max : top)
-  for (int64_t i = 0; i < n; i++) top = z[i] > top ? z[i] : top;
-  return top == -INF ? -FLT_MAX : top;
+    for (int64_t i = 0; i < n; i++) {
+      tile[i] = bits_to_float((uint32_t)x[i] << 16);
+      top = tile[i] > top ? tile[i] : top;
+    }
+  } else {
+    z = load_logits(src, r, v, n, tile);
+#pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < n; i++) top = z[i] > top ? z[i] : top;
+  }
+  largest = top == -INF ? -FLT_MAX : top;
+  return z;
 }
 
 // Both softmaxes of a tile, measured from its own largest logits: e^x in es, e^y in et (reverse KL: (x - y) / ln 2), their
@@ -153,9 +166,10 @@ float largest_of(const float* z, int64_t n) {
 template <Kind K, bool NORMALIZED>
 Tile tile_sums(const DivergenceArgs& a, int64_t r, int64_t v, float is, float it, Scratch& w) {
   const int64_t n = smaller(TILE, a.vocab - v);
-  const float *zs = load_logits(a.s, r, v, n, w.zs), *zt = load_logits(a.t, r, v, n, w.zt);
+  float ms, mt;
+  const float *zs = load_with_top(a.s, r, v, n, w.zs, ms), *zt = load_with_top(a.t, r, v, n, w.zt, mt);
   float *es = w.es + v, *et = w.et + v;
-  const float ms = largest_of(zs, n), mt = NORMALIZED ? largest_of(zt, n) : 0.f;
+  if (!NORMALIZED) mt = 0;
   double ls = 0, lt = 0, cross = 0;
   for (int64_t b = 0; b < n; b += BLOCK) {
     const int64_t end = smaller(n, b + BLOCK);

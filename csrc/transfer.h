@@ -49,17 +49,34 @@ void load(const void* data, int dtype, int64_t offset, int64_t n, float* out) {
   }
 }
 
+#ifdef __AVX512F__
+// Rounds in hardware, where there is any; numbers below the smallest normal one become 0.
+__attribute__((target("avx512bf16"))) void to_bfloat16_native(const float* x, int64_t n, uint16_t* out) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 there = n - i < 16 ? (__mmask16)((1u << (n - i)) - 1) : (__mmask16)0xffff;
+    _mm256_mask_storeu_epi16(out + i, there, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(there, x + i)));
+  }
+}
+const bool has_bfloat16 = __builtin_cpu_supports("avx512bf16");
+#endif
+
+void to_bfloat16(const float* x, int64_t n, uint16_t* out) {
+#ifdef __AVX512F__
+  if (has_bfloat16) return to_bfloat16_native(x, n, out);
+#endif
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    const uint32_t u = float_to_bits(x[i]);
+    const uint32_t even = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    out[i] = (uint16_t)(x[i] != x[i] ? 0x7fc0u : even);
+  }
+}
+
 void store(void* data, int dtype, int64_t offset, int64_t n, const float* x) {
   if (dtype == Float32) {
     __builtin_memcpy((float*)data + offset, x, n * sizeof(float));
   } else if (dtype == BFloat16) {
-    uint16_t* out = (uint16_t*)data + offset;
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-      const uint32_t u = float_to_bits(x[i]);
-      const uint32_t even = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-      out[i] = (uint16_t)(x[i] != x[i] ? 0x7fc0u : even);
-    }
+    to_bfloat16(x, n, (uint16_t*)data + offset);
   } else {
     float_to_half(x, n, (uint16_t*)data + offset);
   }
