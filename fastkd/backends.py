@@ -33,6 +33,14 @@ class Backend:
     rows: Callable[[], ModuleType] | None = None  # None: computes by the definition, without the driver
 
 
+class CannotServe(ValueError):
+    """The backend that was asked for cannot serve a call; ``reason`` says why, in a sentence."""
+
+    def __init__(self, backend: str, reason: str) -> None:
+        super().__init__(f"backend {backend!r} cannot serve this call: {reason}")
+        self.reason = reason
+
+
 @cache
 def extension() -> tuple[ModuleType | None, str | None]:
     """fastkd._C, or why it is not there."""
@@ -144,7 +152,8 @@ def choose(spec: Spec, tensors: Tensors, name: str | None) -> str:
                 _warn_no_extension(reasons["cpu"])
             return backend.name
         reasons[backend.name] = reason
-    raise ValueError(f"backend {name!r} cannot serve this call: {reasons[name or '']}")
+    assert name is not None  # the reference serves everything
+    raise CannotServe(name, reasons[name])
 
 
 @cache

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 COMMANDS = {
     "doctor": "say what this machine can run, and why it cannot run the rest",
     "validate": "hold every op on every backend against the float64 reference",
-    "bench": "measure time and memory against plain PyTorch, the bare GEMMs, and peers that are installed",
+    "bench": "measure time and memory against plain PyTorch and peers",
     "plan": "say how many bytes a loss will take, materialised and fused",
     "demo": "distil a real language model and compare with F.kl_div",
 }

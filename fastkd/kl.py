@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._prims_common import is_non_overlapping_and_dense_or_false as _is_dense
 
 from fastkd import checks, rows_cpu
-from fastkd.backends import asked_for, extension
+from fastkd.backends import BACKENDS, asked_for, extension
 
 __all__ = ["kl_div"]
 
@@ -45,11 +45,9 @@ def kl_div(
     Raises:
         What ``F.kl_div`` raises.
     """
-    if size_average is not None or reduce is not None or not _fits(input, target):
+    reason = why_not("cpu", input, target, size_average, reduce, reduction)
+    if reason is not None or asked_for() not in (None, "cpu"):  # in this order: torch.compile cannot look up the latter
         return F.kl_div(input, target, size_average, reduce, reduction, log_target)
-    divisor = {"sum": 1, "mean": input.numel(), "batchmean": input.shape[0] if input.dim() else None}.get(reduction)
-    if divisor is None:
-        return F.kl_div(input, target, reduction=reduction, log_target=log_target)
     if reduction == "mean":
         warnings.warn(
             "reduction: 'mean' divides the total loss by both the batch size and the support size."
@@ -57,21 +55,48 @@ def kl_div(
             "'mean' will be changed to behave the same as 'batchmean' in the next major release.",
             stacklevel=2,
         )
-    return _KLDiv.apply(input, target, 1 / divisor, log_target)
+    divisor = {"sum": 1, "mean": input.numel(), "batchmean": input.shape[0] if input.dim() else 1}
+    return _KLDiv.apply(input, target, 1 / divisor[reduction], log_target)
 
 
-def _fits(x: Any, t: Any) -> bool:
-    """Is this a call that the one-pass kernel serves?"""
-    if not isinstance(x, Tensor) or not isinstance(t, Tensor) or not checks.readable(x, t) or extension()[0] is None:
-        return False
-    if asked_for() not in (None, "cpu"):
-        return False
-    if x.shape != t.shape or x.dtype != t.dtype or x.dtype not in rows_cpu.DTYPES or not x.numel():
-        return False
+def why_not(
+    backend: str,
+    input: Any,
+    target: Any,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> str | None:
+    """Why a backend would not compute this call of :func:`kl_div` but leave it to torch, in a sentence; else None."""
+    if backend != "cpu":
+        served = backend == "torch" or BACKENDS[backend].rows is None
+        return None if served else f"kl_div has no kernel of backend {backend!r}: torch computes it"
+    return _cpu_why_not(input, target) or _reduction_why_not(input, reduction, size_average, reduce)
+
+
+def _cpu_why_not(x: Any, t: Any) -> str | None:
+    if extension()[0] is None:
+        return extension()[1]
+    if not isinstance(x, Tensor) or not isinstance(t, Tensor) or not checks.readable(x, t):
+        return "its one-pass kernel reads plain tensors in the CPU's memory"
+    if x.shape != t.shape or not x.numel():
+        return "its one-pass kernel takes input and target of one shape with at least one element"
+    if x.dtype != t.dtype or x.dtype not in rows_cpu.DTYPES:
+        return "its one-pass kernel takes input and target both in float32, bfloat16 or float16"
     if x.dtype != torch.float32 and torch.is_autocast_enabled("cpu"):
-        return False  # torch gives float32
-    level = torch.autograd.forward_ad._current_level
-    return level < 0  # inside a dual level there may be tangents, which torch's own ops carry
+        return "under autocast torch gives float32"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "within a dual level there may be tangents, which torch's own ops carry"
+    return None
+
+
+def _reduction_why_not(x: Tensor, reduction: str, size_average: Any, reduce: Any) -> str | None:
+    if size_average is not None or reduce is not None:
+        return "size_average and reduce are left to torch"
+    if reduction not in ("sum", "mean", "batchmean") or (reduction == "batchmean" and not x.dim()):
+        return f"its one-pass kernel does not give reduction={reduction!r} of {x.dim()} dimensions"
+    return None
 
 
 class _KLDiv(torch.autograd.Function):

@@ -1,19 +1,21 @@
-"""What several commands share: argparse types whose errors say what was expected and what came, a progress display, and
-result files."""
+"""What several commands share: argparse types whose errors say what was expected and what came, a progress display,
+result files, and the options for the size of heads."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastkd.backends import BACKENDS
+from fastkd.shapes import MODELS
 
 Tick = Callable[..., None]  # a step of a stage is done; takes a word about it
 Stage = Callable[[str, int], Tick]  # starts a line of progress: its name, its number of ticks
@@ -89,3 +91,60 @@ def progress() -> Iterator[Stage]:
             return lambda note="": bars.update(task, advance=1, note=note)
 
         yield stage
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:,.2f} GiB"
+
+
+def head_arguments(parser: argparse.ArgumentParser, many: str | None = None) -> None:
+    """Options for the size of the heads: a known model or --vocab and --hidden; ``many`` ("+"): several of each."""
+    names = f"vocabulary and hidden size of known models: {', '.join(MODELS)}"
+    parser.add_argument("--model", nargs="+", choices=MODELS, metavar="NAME", default=None, help=names)
+    parser.add_argument("--teacher-model", choices=MODELS, metavar="NAME", default=None, help="the student's, if None")
+    parser.add_argument("--vocab", type=positive, nargs=many, metavar="V", default=None, help="size of the vocabulary")
+    parser.add_argument("--hidden", type=positive, nargs=many, metavar="D", default=None, help="hidden size")
+    parser.add_argument("--teacher-hidden", type=positive, metavar="D", default=None, help="the student's, if None")
+    parser.set_defaults(fail=parser.error)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Size of a student's and a teacher's head, and the models that they belong to."""
+
+    vocab: int
+    hidden: int
+    teacher_hidden: int
+    model: str | None = None
+    teacher_model: str | None = None
+
+
+def heads(args: argparse.Namespace, vocab: Sequence[int], hidden: Sequence[int]) -> list[Heads]:
+    """What the options of head_arguments ask for; ``vocab`` and ``hidden`` where they ask for nothing."""
+    if args.model is None:
+        if args.teacher_model is not None:
+            args.fail(f"argument --teacher-model: expected a --model to go with it, got {args.teacher_model!r} alone")
+        vocabs, hiddens = (
+            default if given is None else [given] if isinstance(given, int) else given
+            for given, default in ((args.vocab, vocab), (args.hidden, hidden))
+        )
+        return [Heads(v, d, args.teacher_hidden or d) for v in vocabs for d in hiddens]
+    for name in ("vocab", "hidden", "teacher_hidden"):
+        if getattr(args, name) is not None:
+            option = "--" + name.replace("_", "-")
+            args.fail(f"argument {option}: expected nothing beside --model, which says it, got {getattr(args, name)}")
+    found = []
+    for name in args.model:
+        student, teacher = MODELS[name], MODELS[args.teacher_model or name]
+        if student.vocab != teacher.vocab:
+            args.fail(
+                f"argument --teacher-model: expected a model with {name}'s vocabulary of {student.vocab}, "
+                f"got {args.teacher_model!r} with {teacher.vocab}"
+            )
+        found.append(Heads(student.vocab, student.hidden, teacher.hidden, name, args.teacher_model or name))
+    return found

@@ -25,19 +25,29 @@ LEFT_BEHIND = shutil.ignore_patterns("*.so", "__pycache__", ".*")
 # in the order in which they go red soonest
 QUICK = ["test_kd_loss.py::test_feature_with_the_default_chunk", "test_recipes.py", "test_inputs.py", "test_edges.py"]
 QUICK += ["test_targets.py", "test_kd_loss.py::test_divergence_and_both_gradients", "test_kd_loss.py::test_sizes"]
-QUICK += ["test_kd_loss.py::test_the_chunk_does_not_matter"]
+QUICK += ["test_kd_loss.py::test_the_chunk_does_not_matter", "test_memory.py"]
 
 ROWS, POINT, TORCH = "csrc/rows.cpp", "csrc/pointwise.h", "fastkd/rows_torch.py"
 DRIVER, CHUNKS, LOSSES, FUSED = "fastkd/driver.py", "fastkd/chunks.py", "fastkd/losses.py", "fastkd/fused.py"
-WALK = "v < a.vocab; v += TILE) {\n    const int64_t n = smaller(TILE, a.vocab - v);\n    const float *zs"
+WALK = "v < a.vocab; v += TILE) {\n    const Tile k = tile_sums"
 
 # what is broken -> file, text (its first occurrence), what takes its place
 MUTANTS = {
-    "C++: temperature dropped": (ROWS, "1.f / src.temperature[row], 0}", "1.f, 0}"),
+    "C++: temperature dropped": (ROWS, "row.s.inv = 1.f / a.s.temperature[r]", "row.s.inv = 1.f"),
+    "C++: teacher's temperature dropped": (ROWS, "row.t.inv = 1.f / a.t.temperature[r]", "row.t.inv = 1.f"),
+    "C++: tiles of e^x not brought to one top": (ROWS, "factor * row.cs * k.ws", "factor * row.cs"),
+    "C++: tiles of e^y not brought to one top": (ROWS, "(general ? 1.f : k.wt)", "1.f"),
+    "C++: tiles of a divergence not brought to one top": (ROWS, "rs = (float)std::exp(-(double)ls)", "rs = 1.f"),
+    "C++: gap between the tops dropped from forward KL": (ROWS, "(k.cross - k.lt * gap)", "k.cross"),
+    "C++: gap between the tops dropped from reverse KL": (ROWS, "(k.cross + k.ls * gap)", "k.cross"),
+    "C++: gap between the tops dropped from the gradient": (ROWS, "row.shift - k.gap", "row.shift"),
+    "C++: lower bits of dweight dropped": (ROWS, "(uint32_t)high << 16 | (uint32_t)low << 8", "(uint32_t)high << 16"),
     "C++: softcap dropped": (ROWS, "z[i] = cap * fastkd_tanh(z[i] * inner);", "z[i] = cap * inner * z[i];"),
     "C++: slope of the softcap dropped": (ROWS, "grad[i] *= f * (1.f - y * y);", "grad[i] *= f + 0.f * y;"),
     "C++: weights dropped from the gradient": (ROWS, "f = factor * src.scale", "f = src.scale"),
     "C++: logit_scale dropped from the gradient": (ROWS, "f = factor * src.scale", "f = factor"),
+    "C++: weights dropped from the plain gradient": (ROWS, "a.factor[r] * a.s.scale, v", "a.s.scale, v"),
+    "C++: logit_scale dropped from the plain gradient": (ROWS, "a.factor[r] * a.s.scale, v", "a.factor[r], v"),
     "C++: smoothing dropped from the gradient": (ROWS, "even = c * a.label_smoothing / (float)a.vocab", "even = 0.f"),
     "C++: smoothing dropped from the value": (ROWS, "return (1 - eps) * (ls - x) +", "return (ls - x) +"),
     "C++: last tile left out": (ROWS, WALK, WALK.replace("v < a.vocab", "v == 0 || v + TILE <= a.vocab")),
@@ -48,7 +58,7 @@ MUTANTS = {
     "C++: 0 log 0": (ROWS, "p3 += p == 0.f ? 0.f : p * (y - x);", "p3 += p * (y - x);"),
     "C++: ignored rows keep their gradient": (ROWS, "if (a.g.data != nullptr) zero_gradient(a.g, r);", ""),
     "C++: sum of h dropped": (ROWS, "row.s.scale() * (float)total", "row.s.scale() * 0.f"),
-    "C++: a term of Jensen-Shannon": (POINT, "(p == 0.f ? 0.f : a * p * (lp - lm)) + right", "right"),
+    "C++: a term of Jensen-Shannon": (POINT, "(p == 0.f ? 0.f : a * p * (less ? d - l : -l)) + right", "right"),
     "C++: h of skew KL": (POINT, "-c * p * (q / m)", "-p * (q / m)"),
     "torch: slope of the softcap dropped": (TORCH, "grad = grad * a.student.slope(z) *", "grad = grad *"),
     "torch: temperature dropped from the gradient": (TORCH, "keepdim=True))) / temperature", "keepdim=True)))"),

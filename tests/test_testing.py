@@ -2,6 +2,7 @@
 
 import math
 import re
+import textwrap
 
 import pytest
 import torch
@@ -128,9 +129,13 @@ def test_several_outputs_and_inputs_without_gradients():
         return fastkd.token_stats(source, backend="reference")
 
     report = testing.compare(op, reference, x)
-    assert report and [r.name for r in report.rows] == [f"output {i}" for i in range(4)]
+    assert report and [r.name for r in report.rows] == ["lse", "entropy", "max_log_prob", "argmax"]
+    bare = testing.compare(lambda source: tuple(op(source)), lambda source: tuple(reference(source)), x)
+    assert bare and [r.name for r in bare.rows] == [f"output {i}" for i in range(4)]
     wrong = testing.compare(lambda source: (*op(source)[:3], op(source)[3] + 1), reference, x)
     assert [r.ok for r in wrong.rows] == [True, True, True, False]
+    short = testing.compare(lambda source: op(source)[:3], reference, x)
+    assert [r.why for r in short.rows] == ["", "", "", "no output where the reference has one"]
 
 
 def test_the_upstream_is_not_uniform_and_the_inputs_stay_untouched():
@@ -163,14 +168,46 @@ def test_kd_inputs_refuses_an_unknown_feature():
         testing.kd_inputs("plian")
 
 
-def test_the_example_of_the_documentation(capsys):
-    code = testing.__doc__.split("Example::")[1].split("\n\n", 1)[1]
-    code = "\n".join(line.removeprefix("    ") for line in code.splitlines())
+def test_inputs_written_over_fail():
+    def op(student, teacher, reduction):
+        loss = right(student, teacher, reduction)
+        teacher.hidden.numpy()[:] *= 2  # unseen by torch, like a kernel's
+        return loss
 
-    def my_kernel(h_s, w_s, h_t, w_t):
-        q, p = ((h @ w.T).float().log_softmax(-1) for h, w in ((h_s, w_s), (h_t, w_t)))
-        return torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True) / len(h_s)
+    inputs = testing.kd_inputs("plain", tokens=7, vocab=65, reduction="none")
+    report = testing.compare(op, fastkd.reference.kd_loss, inputs)
+    assert not row(report, "inputs").ok and row(report, "inputs").why == "were written over"
+    assert row(report, "value").ok  # it was made before
 
-    exec(code, {"torch": torch, "fastkd": fastkd, "my_kernel": my_kernel})
-    printed = capsys.readouterr().out
-    assert printed.count(" ok") == 3 and "FAIL" not in printed
+
+def test_one_expectation_holds_many():
+    expected = testing.Expected.of(fastkd.reference.kd_loss, INPUTS)
+    assert expected.hold(right) and not expected.hold(WRONG["value"][0]) and expected.hold(right)
+
+
+@pytest.fixture
+def example(capsys):
+    """The names that the example of the documentation defines, and what it prints."""
+    pytest.importorskip("liger_kernel")
+    code = testing.__doc__.split("in float32::")[1].split("Both pass.")[0]
+    names = {"torch": torch, "fastkd": fastkd, "testing": testing}
+    exec(textwrap.dedent(code), names)
+    return names, capsys.readouterr().out
+
+
+def test_the_example_of_the_documentation(example):
+    printed = example[1]
+    assert printed.count(" ok") == 6 and "FAIL" not in printed
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_the_documentation_says_of_bfloat16(example, seed):
+    """As good as the rule asks where student and teacher are far apart; the values are not where they nearly agree."""
+    inputs = testing.kd_inputs("plain", dtype=torch.bfloat16, seed=seed)
+    ops = example[0]["mine"], example[0]["ligers"]
+    assert all(testing.compare(op, fastkd.reference.kd_loss, inputs) for op in ops)
+    student, generator = inputs["student"], torch.Generator().manual_seed(seed)
+    near = student.hidden.detach() + 0.1 * torch.randn(student.hidden.shape, generator=generator)
+    inputs["teacher"] = Head(near.bfloat16(), student.weight.detach())
+    expected = testing.Expected.of(fastkd.reference.kd_loss, inputs)
+    assert [row(expected.hold(op), "value").ok for op in (*ops, fastkd.kd_loss)] == [False, False, True]
