@@ -1,29 +1,39 @@
-"""pytest-benchmark suite: `make bench`. The goals' shapes and ratios are in goals.py."""
+"""pytest-benchmark suite: `make bench`. Over the work and the variants of `fastkd bench`, at sizes of well under a
+second a call; the goals' shapes are in goals.py."""
+
+from functools import partial
 
 import pytest
-import torch
-from workloads import Heads, Logits, row_op
+from row_op import row_op
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", ["gemms", "fused", "fused_none", "naive"])
-def test_heads(benchmark, dtype, variant):
-    work = Heads(1024, 512, 16000, DTYPES[dtype])  # a quarter of a second a call
-    benchmark.group = f"kd_loss(Head, Head) {dtype} 1024 x 512 x 16000"
-    run = work.gemms() if variant == "gemms" else getattr(work, variant)
-    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+from fastkd.bench.memory import step
+from fastkd.bench.work import WORKS, Case, usual, variants
+from fastkd.terminal import DTYPES
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", ["fused", "eager", "compiled"])
-def test_logits(benchmark, dtype, variant):
-    benchmark.group = f"kd_loss(logits, logits) {dtype} 512 x 32000"
-    benchmark.pedantic(getattr(Logits(512, 32000, DTYPES[dtype]), variant), rounds=10, warmup_rounds=2)
+def case(work, dtype):
+    hidden = 512 if WORKS[work].heads else None
+    return Case(work, 512, 16000, hidden, hidden, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+def cases():
+    for work in WORKS:
+        for dtype in ("bf16", "fp32"):
+            for name in (*usual(case(work, dtype)), WORKS[work].floor):
+                yield pytest.param(work, dtype, name, id=f"{work}-{dtype}-{name}")
+
+
+@pytest.mark.parametrize(("work", "dtype", "name"), cases())
+def test_work(benchmark, work, dtype, name):
+    at = case(work, dtype)
+    inputs = WORKS[work].inputs(at)
+    floor = name == WORKS[work].floor
+    run = WORKS[work].make_floor(inputs) if floor else partial(step, variants(at)[name](), inputs)
+    benchmark.group = str(at)
+    benchmark.pedantic(run, rounds=5, warmup_rounds=2)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jensen_shannon", "alpha_beta"])
 def test_row_op(benchmark, dtype, name):
     benchmark.group = f"row op {dtype} 256 x 32000"

@@ -1,23 +1,52 @@
-"""The README: its tables are those of the stored results, its Python runs as written."""
+"""The documents: their tables and plots are those of the stored results, the README's Python runs as written."""
 
+import importlib
+import json
 import re
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from PIL import Image
 
 import fastkd
+from fastkd.bench import plots
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_tables_match_the_stored_results(monkeypatch):
+@pytest.fixture
+def docs(monkeypatch):
+    """bench/docs.py, which makes the tables and plots."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import goals
+    yield importlib.import_module("docs")
+    sys.modules.pop("docs")
 
-    assert goals.with_tables(README) == README, "renew them with: python bench/goals.py --tables"
-    sys.modules.pop("goals")
+
+@pytest.mark.parametrize("document", ["README.md", "bench/README.md"])
+def test_tables_match_the_stored_results(docs, document):
+    assert ROOT / document in docs.DOCUMENTS
+    assert docs.renewed(ROOT / document) == (ROOT / document).read_text(), "renew them with: python bench/docs.py"
+
+
+def test_a_table_that_does_not_match_its_result_is_found(docs, tmp_path, monkeypatch):
+    result = json.loads(docs.DEMO.read_text())
+    result["before"]["kl"] += 1
+    changed = tmp_path / "demo.json"
+    changed.write_text(json.dumps(result))
+    monkeypatch.setitem(docs.BLOCKS, (ROOT / "README.md", "demo"), (changed, docs.demo_table))
+    assert docs.renewed(ROOT / "README.md") != README
+
+
+def test_plots_are_drawn_from_the_stored_results(docs):
+    if not docs.GRID.exists():
+        pytest.skip("no grid is measured yet")
+    drawn_from = plots.digest(json.loads(docs.GRID.read_text()))
+    for name in ("time", "memory", "floor"):
+        with Image.open(docs.RESULTS / f"{docs.PLOTS}{name}.png") as picture:
+            assert picture.text[plots.DRAWN_FROM] == drawn_from, "renew them with: python bench/docs.py"
 
 
 def test_every_python_block_runs():

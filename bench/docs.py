@@ -1,0 +1,186 @@
+"""Renews every table and plot of the documents from the stored results: python bench/docs.py
+
+results/cpu-goals.json    bench/goals.py                        README.md, goals
+results/demo.json         a copy of what `make demo` writes     README.md, demo
+results/cpu-grid.json     fastkd bench --json                   bench/README.md, grid and plots
+
+A block stays as it is as long as its result is not there.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastkd.bench import plots, report
+from fastkd.machine import line
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+GOALS, DEMO, GRID = RESULTS / "cpu-goals.json", RESULTS / "demo.json", RESULTS / "cpu-grid.json"
+PLOTS = "cpu-grid-"  # what the names of the grid's plots begin with
+
+Result = dict[str, Any]
+
+
+def ms(entry: Result) -> str:
+    return report.milliseconds(entry["ms"]["median"])
+
+
+def mib(count: float) -> str:
+    return f"{count / 2**20:,.0f} MiB"
+
+
+def faster(entry: Result, base: str) -> str:
+    return f"{entry['faster_than'][base]:.2f} x"
+
+
+def shape(r: Result) -> str:
+    hidden = "" if r["hidden"] is None else f", D {r['hidden']:,}"
+    return f"N {r['tokens']:,}{hidden}, V {r['vocab']:,}"
+
+
+def goals_table(r: Result) -> str:
+    """The goals as a markdown table."""
+    cases = r["cases"]
+    lines = ["| work, forward and backward | measured | goal |", "|---|---|---|"]
+    lines += heads_lines(cases["heads bf16"], "at most 1.25 x", "at least 4 x", "at most 1/8")
+    lines += heads_lines(cases["heads fp32"], "at most 1.2 x", "", "")
+    for case in (cases["compiled bf16"], cases["compiled fp32"]):
+        v = case["variants"]
+        lines.append(
+            f"| `kd_loss(Head, Head)`, {case['dtype']}, {shape(case)}: against torch.compile of `F.kl_div` "
+            f"({ms(v['compiled'])}) | {ms(v['fused'])}, {faster(v['fused'], 'compiled')} faster | faster |"
+        )
+    case, v = cases["smollm2"], cases["smollm2"]["variants"]
+    lines.append(
+        f"| SmolLM2-135M, bf16, {shape(case)}: against `F.kl_div` in bf16 ({ms(v['naive'])}; with logits in float32 "
+        f"{ms(v['naive fp32'])}) | {ms(v['fused'])}, {faster(v['fused'], 'naive')} and "
+        f"{faster(v['fused'], 'naive fp32')} faster | at least 3 x |"
+    )
+    lines += large_lines(r, cases["large"])
+    for case in (cases["logits bf16"], cases["logits fp32"]):
+        v = case["variants"]
+        lines.append(
+            f"| `kd_loss(logits, logits)`, {case['dtype']}, {shape(case)}: against eager ({ms(v['naive'])}) and "
+            f"torch.compile of it ({ms(v['compiled'])}) | {ms(v['fused'])}, {faster(v['fused'], 'naive')} and "
+            f"{faster(v['fused'], 'compiled')} faster | at least 8 x and 3 x |"
+        )
+    for dtype, d in r["divergences"].items():
+        slowest = max(d, key=lambda name: d[name]["median"])
+        lines.append(
+            f"| row op, {dtype}: the slowest divergence (`{slowest}`) against forward KL "
+            f"| {d[slowest]['median'] / d['forward_kl']['median']:.2f} x | at most 2 x |"
+        )
+    lines.append(growth_line(r))
+    lines.append(f"| `import fastkd`, beyond torch | {r['import_seconds']:.2f} s | under 0.2 s |")
+    return "\n".join([*lines, f"\n{line(r['machine'])}. Medians of one run, the variants in turn (`make goals`)."])
+
+
+def heads_lines(r: Result, floor: str, times: str, memory: str) -> list[str]:
+    """Two heads: against the GEMMs, against F.kl_div, memory, and without reduction."""
+    v, dtype = r["variants"], r["dtype"]
+    fused, naive, wide = v["fused"], v["naive"], v.get("naive fp32")
+    size = 2 if dtype == "bf16" else 4
+    beside = fused["peak_bytes"] - r["dw_bytes"]
+    others = [x["peak_bytes"] - r["vocab"] * r["hidden"] * size for x in (naive, wide) if x is not None]
+    upcast = f"; with logits in float32 {ms(wide)}" if wide else ""
+    upcast_peak = f", with logits in float32 {mib(others[1])}" if wide else ""
+    ratios = [faster(fused, "naive"), *([faster(fused, "naive fp32")] if wide else [])]
+    each = v["fused each"]["ms"]["median"] / fused["ms"]["median"]
+    return [
+        f"| `kd_loss(Head, Head)`, {dtype}, {shape(r)}: against its 4 bare GEMMs ({ms(v['gemms'])}) "
+        f"| {ms(fused)}, {fused['to_floor']:.2f} x | {floor} |",
+        f"| against `F.kl_div` in {dtype} ({ms(naive)}{upcast}) | {' and '.join(ratios)} faster | {times} |",
+        f"| extra peak memory: {mib(fused['peak_bytes'])}, of which dW and its sum {mib(r['dw_bytes'])}; "
+        f"`F.kl_div` without dW {mib(others[0])}{upcast_peak} "
+        f"| {mib(beside)}: {' and '.join(f'1/{x / beside:.1f}' for x in others)} | {memory} |",
+        f'| `reduction="none"` against the scalar loss | {each:.2f} x | at most 1.6 x |',
+    ]
+
+
+def large_lines(r: Result, case: Result) -> list[str]:
+    """The shape of a large model: against the GEMMs, and memory with dW."""
+    fused, peaks = case["variants"]["fused"], r["peak_bytes"]
+    return [
+        f"| `kd_loss(Head, Head)`, bf16, {shape(case)}: against its 4 bare GEMMs ({ms(case['variants']['gemms'])}) "
+        f"| {ms(fused)}, {fused['to_floor']:.2f} x | at most 1.25 x |",
+        f"| extra peak memory with dW, against `F.kl_div` ({peaks['large naive'] / 1e9:.1f} GB; by `fastkd plan` "
+        f"{peaks['large naive, planned'] / 1e9:.1f} GB) | {fused['peak_bytes'] / 1e9:.2f} GB | under 1 GB; over 6 GB |",
+    ]
+
+
+def growth_line(r: Result) -> str:
+    """Memory without dH, which any loss returns, over more and more tokens."""
+    hidden = r["cases"]["heads bf16"]["hidden"]
+    tokens = {int(key.split()[1]): peak for key, peak in r["peak_bytes"].items() if key.startswith("tokens")}
+    grown = ", ".join(f"N {n:,}: {mib(peak - n * hidden * 2)}" for n, peak in tokens.items())
+    return f"| extra peak memory of bf16 heads with dW, without dH | {grown} | flat |"
+
+
+def demo_table(r: dict[str, Any]) -> str:
+    """What `make demo` found, as a markdown table."""
+    fused, naive, before = r["runs"]["fused"], r["runs"]["naive"], r["before"]
+    after, other = fused["held_out"], naive["held_out"]
+    ms = {k: (statistics.median(run["loss_ms"]), statistics.median(run["step_ms"])) for k, run in r["runs"].items()}
+    peaks = [run["peak_extra_bytes"] / 2**20 for run in (fused, naive)]
+    difference, e = r["relative_difference"], r["environment"]
+    rows = [
+        f"| `make demo`: {len(r['layers']['kept'])} of SmolLM2-135M's {r['layers']['teacher']} layers, "
+        f"{r['settings']['steps']} steps | before | with `kd_loss` | with `F.kl_div` | teacher |",
+        "|---|---|---|---|---|",
+        f"| held-out KL(teacher, student), nats | {before['kl']:.3f} | {after['kl']:.3f} | {other['kl']:.3f} | 0 |",
+        f"| top-1 agreement | {before['top1']:.1%} | {after['top1']:.1%} | {other['top1']:.1%} | 100% |",
+        f"| perplexity | {before['perplexity']:.1f} | {after['perplexity']:.1f} | {other['perplexity']:.1f} "
+        f"| {before['teacher_perplexity']:.1f} |",
+        f"| loss, forward and backward | | {ms['fused'][0]:.0f} ms | {ms['naive'][0]:.0f} ms | |",
+        f"| whole training step | | {ms['fused'][1]:.0f} ms | {ms['naive'][1]:.0f} ms | |",
+        f"| peak extra memory of the loss | | {peaks[0]:.0f} MiB | {peaks[1]:.0f} MiB | |",
+    ]
+    note = (
+        f"\n{r['tokens']['per_step']:,} tokens a step, vocabulary {r['vocabulary']:,}, {r['dtype']}; medians over the "
+        f"steps. The two runs' losses differ by {difference['first']:.0e} of their value at the first step and by "
+        f"at most {difference['largest']:.0e} later, as {r['dtype']} rounding feeds back through training. "
+        f"{e['name']}, {e['threads']} threads; torch {e['torch']}, Python {e['python']}; {r['seconds']:.0f} s in all."
+    )
+    return "\n".join([*rows, note])
+
+
+def grid_tables(r: Result) -> str:
+    """The tables of `fastkd bench`."""
+    return report.markdown(r)
+
+
+# (document, its block) -> the result, and how it is written
+BLOCKS: dict[tuple[Path, str], tuple[Path, Callable[[Result], str]]] = {
+    (ROOT / "README.md", "goals"): (GOALS, goals_table),
+    (ROOT / "README.md", "demo"): (DEMO, demo_table),
+    (ROOT / "bench" / "README.md", "grid"): (GRID, grid_tables),
+}
+DOCUMENTS = sorted({document for document, _ in BLOCKS})
+
+
+def renewed(document: Path) -> str:
+    """The text of a document with its tables made from the stored results."""
+    text = document.read_text()
+    for (where, name), (result, form) in BLOCKS.items():
+        if where == document and result.exists():
+            begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+            before, rest = text.split(begin)
+            text = f"{before}{begin}\n{form(json.loads(result.read_text()))}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def renew() -> None:
+    """Writes all documents and plots."""
+    for document in DOCUMENTS:
+        document.write_text(renewed(document))
+    if GRID.exists():
+        plots.draw(json.loads(GRID.read_text()), RESULTS, PLOTS)
+
+
+if __name__ == "__main__":
+    renew()

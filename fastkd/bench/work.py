@@ -1,0 +1,325 @@
+"""What is measured: for each piece of work its inputs, fastkd's loss, the same in plain PyTorch, and the floor.
+
+A piece of work is one entry of WORKS; everything else (comparing, timing, memory, tables, plots) follows from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastkd
+from fastkd import Head, plan
+from fastkd.backends import BACKENDS, use_backend
+from fastkd.bench.peers import PEERS
+from fastkd.terminal import DTYPES
+
+Inputs = dict[str, Tensor]
+Loss = Callable[..., Tensor]  # inputs by name -> a scalar, the mean over tokens
+Run = Callable[[], object]
+Cast = Callable[[Tensor], Tensor]  # of logits
+
+
+@dataclass(frozen=True)
+class Case:
+    """One piece of work at one size, on one device."""
+
+    work: str
+    tokens: int
+    vocab: int
+    hidden: int | None  # None where the work has no heads
+    teacher_hidden: int | None
+    dtype: str
+    model: str | None = None
+    teacher_model: str | None = None
+    device: str = "cpu"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        hidden = "" if self.hidden is None else f", hidden {self.hidden:,}"
+        if self.hidden != self.teacher_hidden:
+            hidden += f" from {self.teacher_hidden:,}"
+        models = " from ".join(dict.fromkeys(name for name in (self.model, self.teacher_model) if name))
+        named = f"{models}: " if models else ""
+        return f"{self.work}, {self.dtype}, {named}{self.tokens:,} tokens, vocabulary {self.vocab:,}{hidden}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """One piece of work. All losses are means over tokens, and take the inputs by name."""
+
+    name: str
+    summary: str
+    inputs: Callable[[Case], Inputs]  # those that require grad receive gradients
+    per_token: tuple[str, ...]  # inputs whose first dimension is tokens
+    fused: Loss
+    naive: Callable[..., Tensor]  # (cast, **inputs): plain PyTorch, with `cast` on the logits
+    floor: str
+    make_floor: Callable[[Inputs], Run]
+    planned: Callable[[Case, str], int | None]  # bytes that a variant takes beside the inputs
+    heads: bool = True  # does the hidden size matter?
+    more: dict[str, Loss] = field(default_factory=dict)  # variants that are measured when they are named
+
+
+def _generator(case: Case) -> torch.Generator:
+    return torch.Generator(case.device).manual_seed(0)
+
+
+def _normal(case: Case, g: torch.Generator, *shape: int, scale: float = 1.0, grad: bool = False) -> Tensor:
+    x = torch.randn(shape, generator=g, dtype=case.torch_dtype, device=case.device)
+    return x.mul_(scale).requires_grad_(grad)
+
+
+def _head(case: Case, g: torch.Generator, d: int | None, grad: bool) -> tuple[Tensor, Tensor]:
+    """hidden [N, D], weight [V, D]; logits with a standard deviation of 1"""
+    assert d is not None
+    hidden = _normal(case, g, case.tokens, d, grad=grad)
+    return hidden, _normal(case, g, case.vocab, d, scale=d**-0.5, grad=grad)
+
+
+def _as_is(z: Tensor) -> Tensor:
+    return z
+
+
+# --- kd_loss(Head, Head) ---------------------------------------------------------------------------------------------
+
+
+def _two_heads(case: Case) -> Inputs:
+    g = _generator(case)
+    hidden, weight = _head(case, g, case.hidden, True)
+    teacher_hidden, teacher_weight = _head(case, g, case.teacher_hidden, False)
+    return {"hidden": hidden, "weight": weight, "teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
+
+
+def _fused_heads(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
+    return fastkd.kd_loss(Head(hidden, weight), Head(teacher_hidden, teacher_weight))
+
+
+def _fused_heads_each(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
+    return fastkd.kd_loss(Head(hidden, weight), Head(teacher_hidden, teacher_weight), reduction="none").mean()
+
+
+def _kl(z_s: Tensor, z_t: Tensor) -> Tensor:
+    log_q, log_p = F.log_softmax(z_s, -1), F.log_softmax(z_t, -1)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def _naive_heads(cast: Cast, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
+    return _kl(cast(hidden @ weight.T), cast(teacher_hidden @ teacher_weight.T))
+
+
+def _gemms(inputs: Inputs) -> Run:
+    """The GEMMs alone, each whole, into memory that is there: the logits of each head, dH and dW."""
+    x = {name: t.detach() for name, t in inputs.items()}
+    h, w = x["hidden"], x["weight"]
+    logits, dh, dw = h.new_empty(h.shape[0], w.shape[0]), torch.empty_like(h), torch.empty_like(w)
+
+    def run() -> None:
+        if "teacher_weight" in x:
+            torch.mm(x["teacher_hidden"], x["teacher_weight"].T, out=logits)
+        torch.mm(h, w.T, out=logits)
+        torch.mm(logits, w, out=dh)
+        torch.mm(logits.T, h, out=dw)
+
+    return run
+
+
+def _planned(case: Case, variant: str) -> int | None:
+    """Bytes by fastkd.plan, for heads and for given logits."""
+    dtype, logits_dtype = case.torch_dtype, torch.float32 if variant == "naive fp32" else None
+    if variant.startswith("naive"):
+        return plan.total(plan.naive_bytes(case.tokens, case.vocab, case.hidden, dtype, logits_dtype))
+    if variant.startswith("fused") and not variant.endswith("each"):
+        kind = torch.device(case.device).type
+        backend = variant.removeprefix("fused").strip() or plan.default_backend(dtype, kind)
+        if backend != "reference" and BACKENDS[backend].unavailable() is None:
+            sizes = case.tokens, case.vocab, case.hidden, case.teacher_hidden
+            return plan.total(plan.fused_bytes(*sizes, dtype, backend=backend, device=kind))
+    return None
+
+
+# --- kd_loss(logits, logits) and kl_div(log_q, log_p) ----------------------------------------------------------------
+
+
+def _two_logits(case: Case) -> Inputs:
+    g, shape = _generator(case), (case.tokens, case.vocab)
+    return {"logits": _normal(case, g, *shape, scale=2, grad=True), "teacher_logits": _normal(case, g, *shape, scale=2)}
+
+
+def _two_log_probs(case: Case) -> Inputs:
+    found = _two_logits(case)
+    log_q, log_p = (x.detach().log_softmax(-1) for x in found.values())
+    return {"log_q": log_q.requires_grad_(), "log_p": log_p}
+
+
+def _copy(inputs: Inputs) -> Run:
+    """A copy that moves as many bytes as the work must: both inputs read, the gradient written, so 3/2 as many read."""
+    size = next(iter(inputs.values())).numel() * 3 // 2
+    like = next(iter(inputs.values()))
+    x, out = like.new_ones(size), like.new_ones(size)
+    return lambda: out.copy_(x)
+
+
+def _fused_kl_div(log_q: Tensor, log_p: Tensor) -> Tensor:
+    return fastkd.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def _naive_kl_div(cast: Cast, log_q: Tensor, log_p: Tensor) -> Tensor:
+    return F.kl_div(cast(log_q), cast(log_p), reduction="batchmean", log_target=True)
+
+
+# --- the primitives --------------------------------------------------------------------------------------------------
+
+
+def _one_head(case: Case) -> Inputs:
+    hidden, weight = _head(case, _generator(case), case.hidden, True)
+    return {"hidden": hidden, "weight": weight}
+
+
+def _head_and_ids(case: Case) -> Inputs:
+    ids = torch.randint(case.vocab, (case.tokens, 1), generator=torch.Generator().manual_seed(1))
+    return {**_one_head(case), "ids": ids.to(case.device)}
+
+
+def _fused_selected(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    return fastkd.selected_log_probs(Head(hidden, weight), ids).mean()
+
+
+def _naive_selected(cast: Cast, hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    return F.log_softmax(cast(hidden @ weight.T), -1).gather(-1, ids).mean()
+
+
+def _fused_stats(hidden: Tensor, weight: Tensor) -> Tensor:
+    stats = fastkd.token_stats(Head(hidden, weight))
+    # the gradient of the largest jumps where two logits are rounded to one, so that none could be compared
+    return (stats.lse + stats.entropy + stats.max_log_prob.detach()).mean()
+
+
+def _naive_stats(cast: Cast, hidden: Tensor, weight: Tensor) -> Tensor:
+    z = cast(hidden @ weight.T)
+    log_q = F.log_softmax(z, -1)
+    entropy = -(log_q.exp() * log_q).sum(-1)
+    return (torch.logsumexp(z, -1) + entropy + log_q.max(-1).values.detach()).mean()
+
+
+def _at_least(tensors: int) -> Callable[[Case, str], int | None]:
+    """So many [N, V] tensors are alive in the naive variant, whatever else is."""
+
+    def planned(case: Case, variant: str) -> int | None:
+        dtype = torch.float32 if variant == "naive fp32" else case.torch_dtype
+        return tensors * case.tokens * case.vocab * dtype.itemsize if variant.startswith("naive") else None
+
+    return planned
+
+
+_heads_work = Work(
+    name="heads",
+    summary="kd_loss(Head, Head), forward KL",
+    inputs=_two_heads,
+    per_token=("hidden", "teacher_hidden"),
+    fused=_fused_heads,
+    naive=_naive_heads,
+    floor="gemms",
+    make_floor=_gemms,
+    planned=_planned,
+    more={"fused each": _fused_heads_each},
+)
+_logits_work = Work(
+    name="logits",
+    summary="kd_loss(logits, logits), forward KL",
+    inputs=_two_logits,
+    per_token=("logits", "teacher_logits"),
+    fused=lambda logits, teacher_logits: fastkd.kd_loss(logits, teacher_logits),
+    naive=lambda cast, logits, teacher_logits: _kl(cast(logits), cast(teacher_logits)),
+    floor="copy",
+    make_floor=_copy,
+    planned=_planned,
+    heads=False,
+)
+WORKS: dict[str, Work] = {
+    work.name: work
+    for work in (
+        _heads_work,
+        _logits_work,
+        replace(
+            _logits_work,
+            name="kl_div",
+            summary="kl_div(log_q, log_p), the drop-in",
+            inputs=_two_log_probs,
+            per_token=("log_q", "log_p"),
+            fused=_fused_kl_div,
+            naive=_naive_kl_div,
+            planned=_at_least(3),  # exp(log_p), log_p - log_q, their product
+        ),
+        Work(
+            name="selected",
+            summary="selected_log_probs(Head, ids)",
+            inputs=_head_and_ids,
+            per_token=("hidden", "ids"),
+            fused=_fused_selected,
+            naive=_naive_selected,
+            floor="gemms",
+            make_floor=_gemms,
+            planned=_at_least(3),  # in the backward: log q, its gradient, the gradient of the logits
+        ),
+        Work(
+            name="stats",
+            summary="token_stats(Head)",
+            inputs=_one_head,
+            per_token=("hidden",),
+            fused=_fused_stats,
+            naive=_naive_stats,
+            floor="gemms",
+            make_floor=_gemms,
+            planned=_at_least(4),  # logits, log q, q, their product
+        ),
+    )
+}
+
+
+# --- variants --------------------------------------------------------------------------------------------------------
+
+
+def variants(case: Case) -> dict[str, Callable[[], Loss]]:
+    """All that can be asked for, by name; what is called on to give a loss may import and may raise."""
+    work = WORKS[case.work]
+
+    def naive(cast: Cast) -> Loss:
+        return lambda **inputs: work.naive(cast, **inputs)
+
+    def on(backend: str) -> Loss:
+        def loss(**inputs: Tensor) -> Tensor:
+            with use_backend(backend):
+                return work.fused(**inputs)
+
+        return loss
+
+    found: dict[str, Callable[[], Loss]] = {"fused": lambda: work.fused}
+    found |= {f"fused {name}": lambda name=name: on(name) for name in BACKENDS}  # type: ignore[misc]
+    found |= {name: lambda loss=loss: loss for name, loss in work.more.items()}  # type: ignore[misc]
+    found["naive"] = lambda: naive(_as_is)
+    if case.torch_dtype.itemsize == 2:
+        found["naive fp32"] = lambda: naive(Tensor.float)
+    found["compiled"] = lambda: torch.compile(naive(_as_is), dynamic=False)
+    found |= {peer.name: lambda peer=peer: peer.loss(case.work) for peer in PEERS if case.work in peer.works}  # type: ignore[misc]
+    return found
+
+
+def usual(case: Case, backends: tuple[str, ...] = (), peers: bool = True) -> list[str]:
+    """The names of the variants that are measured if none is named."""
+    left_out = {f"fused {name}" for name in BACKENDS if name not in backends} | set(WORKS[case.work].more)
+    left_out |= {"fused"} if backends else set()
+    left_out |= {peer.name for peer in PEERS if not peers or peer.missing() is not None}
+    return [name for name in variants(case) if name not in left_out]

@@ -1,0 +1,150 @@
+"""fastkd plan: its bytes against measured peaks, each in a process of its own; tokens that fit; bad input."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastkd import chunks, cli, plan
+from fastkd.backends import extension
+from fastkd.bench import memory
+from fastkd.bench.work import WORKS, Case
+
+MEASURABLE = Path("/proc/self/clear_refs").exists()  # Linux alone has a high-water mark that can be reset
+MIB = 2**20
+
+# two chunks, of 1,024 and 512 tokens; one chunk; fewer tokens than the hidden size, where
+# dW is most of naive's peak; given logits
+SEVERAL, ONE, WIDE, GIVEN = (1536, 8192, 256), (512, 16384, 512), (64, 8192, 2048), (1024, 16384, None)
+MEASURED = [
+    (Case("logits" if sizes[2] is None else "heads", *sizes, sizes[2], dtype), variant)
+    for sizes, dtype, variants in (
+        (SEVERAL, "bf16", ("naive", "naive fp32", "fused cpu", "fused torch")),
+        (SEVERAL, "fp32", ("naive", "fused cpu", "fused torch")),
+        (ONE, "bf16", ("fused cpu", "fused torch")),
+        (ONE, "fp16", ("fused cpu",)),
+        (WIDE, "bf16", ("naive",)),
+        (GIVEN, "bf16", ("naive", "fused cpu")),
+    )
+    for variant in variants
+    if variant != "fused cpu" or extension()[0] is not None
+]
+
+
+@pytest.fixture(scope="module")
+def peaks():
+    """All peaks, measured two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(MEASURED, pool.map(lambda task: memory.peak(*task), MEASURED), strict=True))
+
+
+@pytest.mark.skipif(not MEASURABLE, reason="no high-water mark that can be reset")
+@pytest.mark.parametrize(("case", "variant"), MEASURED, ids=lambda x: str(x).replace(",", "").replace(" ", "-"))
+def test_planned_bytes_are_within_a_tenth_of_the_measured_peak(peaks, case, variant):
+    planned, measured = WORKS[case.work].planned(case, variant), peaks[case, variant]
+    assert abs(planned - measured) <= 0.1 * measured, f"planned {planned / MIB:.0f}, measured {measured / MIB:.0f} MiB"
+
+
+def test_naive_by_hand():
+    n, v, d = 2048, 32000, 1024
+    assert plan.naive_bytes(n, v, d) == {
+        "logits": 2 * n * v * 2,
+        "log-softmaxes": 2 * n * v * 2,
+        "factors in F.kl_div": 3 * n * v * 2,
+    }
+    assert plan.total(plan.naive_bytes(n, v, d, torch.bfloat16, torch.float32)) == 7 * n * v * 4
+    assert plan.total(plan.naive_bytes(n, v, None)) == 5 * n * v * 2
+    few = 16  # dW outweighs the logits
+    assert plan.total(plan.naive_bytes(few, v, d)) == (few * v + v * d + few * d) * 2
+
+
+@pytest.mark.skipif(extension()[0] is None, reason="the C++ extension is not built")
+def test_fused_by_hand():
+    n, v, d, size = 4096, 32000, 1024, chunks.chunk_tokens(32000)
+    parts = plan.fused_bytes(n, v, d, dtype=torch.bfloat16)
+    assert parts["student's logits, a chunk"] == parts["teacher's logits, a chunk"] == size * v * 2
+    assert parts["dH"] == n * d * 2 and parts["dW"] == v * d * 2
+    assert parts["sum of dW, beside it"] == v * d * plan.sum_bytes("cpu", torch.bfloat16)
+    assert 0 < plan.sum_bytes("cpu", torch.bfloat16) <= 2 and plan.sum_bytes("torch", torch.bfloat16) == 4
+    assert plan.sum_bytes("cpu", torch.float32) == plan.sum_bytes("torch", torch.float64) == 0
+    smaller = plan.fused_bytes(n, v, d, dtype=torch.bfloat16, chunk_tokens=64)
+    assert smaller["student's logits, a chunk"] == 64 * v * 2
+    gpu = plan.fused_bytes(n, v, d, dtype=torch.bfloat16, backend="torch", device="cuda")
+    assert gpu["dW"] == v * d * 2 and gpu["sum of dW, beside it"] == v * d * 4
+    assert gpu["row op"] == plan.ROW_TENSORS * size * v * 4
+
+
+def report(capsys, *arguments):
+    assert cli.main(["plan", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_tokens_that_fit_are_the_most_that_fit(capsys):
+    sizes = "--vocab", "32000", "--hidden", "1024", "--backend", "torch", "--dtype", "bf16", "--memory", "8GiB"
+    plans = report(capsys, *sizes)["cases"][0]["plans"]
+    for kind in ("naive", "naive fp32", "fused"):
+        fit = plans[kind]["tokens_that_fit"]
+        for tokens, fits in ((fit, True), (fit + 1, False)):
+            case = report(capsys, *sizes, "--tokens", str(tokens))["cases"][0]
+            assert (case["input_bytes"] + case["plans"][kind]["bytes"] <= 8 * 2**30) == fits
+    assert plans["fused"]["tokens_that_fit"] > 10 * plans["naive"]["tokens_that_fit"]
+    assert report(capsys, *sizes[:-1], "10MB")["cases"][0]["plans"]["naive"]["tokens_that_fit"] == 0
+
+
+def test_models_and_several_sizes(capsys):
+    arguments = ("--model", "smollm2-135m", "llama-3-8b", "--tokens", "1024", "4096", "--dtype", "bf16", "fp32")
+    cases = report(capsys, *arguments)["cases"]
+    assert len(cases) == 8 and {c["vocab"] for c in cases} == {49152, 128256}
+    assert {"naive", "naive fp32", "fused"} == set(cases[0]["plans"])
+    assert "naive fp32" not in next(c for c in cases if c["dtype"] == "fp32")["plans"]
+    taught = report(capsys, "--model", "smollm2-135m", "--teacher-model", "smollm2-1.7b")["cases"][0]
+    assert (taught["hidden"], taught["teacher_hidden"]) == (576, 2048)
+    for case in cases:
+        for found in case["plans"].values():
+            assert found["bytes"] == sum(found["parts"].values())
+
+
+def test_for_people(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert cli.main(["plan", "--model", "llama-3-8b", "--tokens", "8192", "--memory", "80GiB", "--device", "cuda"]) == 0
+    out = capsys.readouterr().out
+    assert "llama-3-8b" in out and "fused (torch)" in out and "13.70 GiB" in out  # 7 * 8192 * 128256 * 2 bytes
+    assert "fit into 80.00 GiB of cuda memory" in out
+
+
+def test_without_a_device_and_a_budget(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["plan", "--model", "llama-3-8b", "--device", "cuda"]) == 0
+    assert "give a budget with --memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("80GiB", 80 * 2**30), ("24 GB", 24 * 10**9), ("1.5MiB", 3 * 2**19), ("1000", 1000)]
+)
+def test_sizes_of_memory(text, count):
+    assert plan.memory(text) == count
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "expected --model, or --vocab and --hidden"),
+        (["--vocab", "100"], "expected --model, or --vocab and --hidden"),
+        (["--model", "gpt-9"], "argument --model: invalid choice: 'gpt-9'"),
+        (["--model", "llama-3-8b", "--vocab", "5"], "argument --vocab: expected nothing beside --model"),
+        (["--model", "llama-3-8b", "--teacher-model", "qwen3-8b"], "vocabulary of 128256, got 'qwen3-8b' with 151936"),
+        (["--teacher-model", "qwen3-8b"], "expected a --model to go with it"),
+        (["--model", "llama-3-8b", "--tokens", "0"], "argument --tokens: expected an integer above 0, got '0'"),
+        (["--model", "llama-3-8b", "--memory", "much"], "expected a size such as 80GiB, got 'much'"),
+        (["--model", "llama-3-8b", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--model", "llama-3-8b", "--device", "cuda", "--backend", "cpu"], "argument --backend: 'cpu' cannot serve"),
+        (["--model", "llama-3-8b", "--dtype", "fp64", "--backend", "cpu"], "have no float64"),
+    ],
+)
+def test_bad_input(arguments, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["plan", *arguments])
+    assert end.value.code == 2
+    assert words in capsys.readouterr().err
