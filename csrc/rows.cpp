@@ -536,6 +536,7 @@ void accumulate(const AccumulateArgs& a) {
 #pragma omp parallel num_threads(a.threads)
   {
     float part[TILE];
+    const bool first = a.first;  // a copy: a store to bytes might change whatever is read through a pointer
 #pragma omp for schedule(static)
     for (int64_t v = 0; v < a.n; v += TILE) {
       const int64_t n = smaller(TILE, a.n - v);
@@ -543,14 +544,14 @@ void accumulate(const AccumulateArgs& a) {
       if (a.low == nullptr) {
         float* acc = (float*)a.acc + v;
 #pragma omp simd
-        for (int64_t i = 0; i < n; i++) acc[i] = a.first ? part[i] : acc[i] + part[i];
+        for (int64_t i = 0; i < n; i++) acc[i] = first ? part[i] : acc[i] + part[i];
         continue;
       }
-      uint16_t* high = (uint16_t*)a.acc + v;
-      uint8_t* low = a.low + v;
+      uint16_t* __restrict high = (uint16_t*)a.acc + v;
+      uint8_t* __restrict low = a.low + v;
 #pragma omp simd
       for (int64_t i = 0; i < n; i++) {
-        const float sum = a.first ? part[i] : join(high[i], low[i]) + part[i];
+        const float sum = first ? part[i] : join(high[i], low[i]) + part[i];
         const uint32_t u = float_to_bits(sum), even = u + 0x7fu + (u >> 8 & 1u), bits = sum != sum ? 0x7fc00000u : even;
         high[i] = (uint16_t)(bits >> 16);
         low[i] = (uint8_t)(bits >> 8);
@@ -566,8 +567,8 @@ void round_sum(const AccumulateArgs& a) {
 #pragma omp for schedule(static)
     for (int64_t v = 0; v < a.n; v += TILE) {
       const int64_t n = smaller(TILE, a.n - v);
-      const uint16_t* high = (const uint16_t*)a.acc + v;
-      const uint8_t* low = a.low + v;
+      const uint16_t* __restrict high = (const uint16_t*)a.acc + v;
+      const uint8_t* __restrict low = a.low + v;
 #pragma omp simd
       for (int64_t i = 0; i < n; i++) sum[i] = join(high[i], low[i]);
       store(a.acc, BFloat16, v, n, sum);

@@ -41,14 +41,14 @@ def _kd(
     if spec.teacher is not None and a.t_x is not None:
         teacher = Dense(spec.teacher, a.t_x, a.t_w, a.t_b, needs[4:7], rows, size, listed is None)
     loss = torch.zeros(factor.shape, dtype=factor.dtype, device=factor.device)
-    batch, tokens = factor.shape
-    for chunk in chunks(batch, tokens, size, listed):
+    for chunk in chunks(*factor.shape, size, listed):
         s = student.logits(chunk)
         t = None if teacher is None else teacher.logits(chunk)
         row = _rows_of(spec, a, factor, chunk)
         part = _kd_chunk(spec, a, chunk, row, rows, (student, s), (teacher, t))
         _put(loss, chunk, part.to(loss.dtype))
-    out = _times_live(a.factor, loss)
+    # a factor of 0 leaves out what is infinite, too
+    out = a.factor * loss if live is None else torch.where(a.factor == 0, 0.0, a.factor * loss)
     grads = [loss if seed is None else loss * seed] if needs[0] else []
     grads += student.grads() + (teacher.grads() if teacher else [])
     return [out.sum() if spec.total else out], grads
@@ -130,10 +130,6 @@ def _put(out: Tensor, chunk: Chunk, part: Tensor) -> None:
     else:
         view = chunk.take(out)
         view.copy_(part.view(view.shape))
-
-
-def _times_live(factor: Tensor, loss: Tensor) -> Tensor:
-    return torch.where(factor == 0, 0.0, factor * loss)
 
 
 def _select(spec: Select, flat: Tensors, cotangents: Sequence[Tensor], needs: Sequence[bool]) -> Any:

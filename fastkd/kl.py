@@ -76,10 +76,10 @@ def why_not(
 
 
 def _cpu_why_not(x: Any, t: Any) -> str | None:
-    if extension()[0] is None:
-        return extension()[1]
     if not isinstance(x, Tensor) or not isinstance(t, Tensor) or not checks.readable(x, t):
         return "its one-pass kernel reads plain tensors in the CPU's memory"
+    if extension()[0] is None:
+        return extension()[1]
     if x.shape != t.shape or not x.numel():
         return "its one-pass kernel takes input and target of one shape with at least one element"
     if x.dtype != t.dtype or x.dtype not in rows_cpu.DTYPES:

@@ -90,6 +90,7 @@ class Spec:
     def __init_subclass__(cls) -> None:
         Spec.REGISTRY[cls.__name__] = cls
 
+    @lru_cache(maxsize=1024)  # noqa: B019 - a few settings, which live as long as the program
     def encode(self) -> str:
         return json.dumps([type(self).__name__, asdict(self)])
 
