@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 BUILD_TOOLS := 'setuptools>=77' wheel 'pybind11>=2.12' ninja build
 
-.PHONY: help demo test bench goals lint wheel clean
+.PHONY: help demo test bench goals docs lint wheel clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -22,8 +22,11 @@ test: $(VENV)/test.stamp $(VENV)/extension.stamp  ## run the tests (ARGS=... are
 bench: $(VENV)/bench.stamp $(VENV)/extension.stamp  ## run the benchmarks (ARGS=... are pytest's options)
 	$(PY) -m pytest bench $(ARGS)
 
-goals: $(VENV)/bench.stamp $(VENV)/extension.stamp  ## measure the table of goals and renew it in README.md (quiet machine, 10 minutes)
+goals: $(VENV)/bench.stamp $(VENV)/extension.stamp  ## measure the table of goals and renew it in README.md (quiet machine, 20 minutes)
 	$(PY) bench/goals.py $(ARGS)
+
+docs: $(VENV)/bench.stamp  ## renew the tables and plots of the documents from bench/results/*.json
+	$(PY) bench/docs.py
 
 lint: $(VENV)/lint.stamp  ## ruff and mypy
 	$(PY) -m ruff check .

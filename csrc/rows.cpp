@@ -5,7 +5,6 @@
 #include "pointwise.h"
 #include "transfer.h"
 
-#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstdlib>
@@ -207,7 +206,7 @@ double gather_tiles(int64_t vocab, Softmax& s, Softmax& t, Scratch& w) {
     if (K == Kind::ReverseKL && k.ws != 0.f) cross += k.ws * (k.cross + k.ls * gap);
     if (K == Kind::CrossEntropy && k.wt != 0.f) cross += k.wt * (k.cross - k.lt * ds);
   }
-  if (ls == 0) std::fill_n(w.es, vocab, __builtin_nanf(""));  // no entry has mass: the gradient is NaN too
+  for (int64_t v = 0; v < vocab && ls == 0; v++) w.es[v] = __builtin_nanf("");  // no mass at all: a gradient of NaN too
   s.sum = ls, t.sum = lt;
   return cross;
 }

@@ -57,12 +57,11 @@ __attribute__((target("avx512bf16"))) void to_bfloat16_native(const float* x, in
     _mm256_mask_storeu_epi16(out + i, there, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(there, x + i)));
   }
 }
-const bool has_bfloat16 = __builtin_cpu_supports("avx512bf16");
 #endif
 
 void to_bfloat16(const float* x, int64_t n, uint16_t* out) {
 #ifdef __AVX512F__
-  if (has_bfloat16) return to_bfloat16_native(x, n, out);
+  if (__builtin_cpu_supports("avx512bf16")) return to_bfloat16_native(x, n, out);
 #endif
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
