@@ -146,6 +146,7 @@ class Pool {
 
   void give(void* data, size_t bytes) {
     std::lock_guard<std::mutex> lock(mutex_);
+    if (bytes > limit_) return std::free(data);
     free_.push_back({data, bytes});
     kept_ += bytes;
     shrink(limit_);
@@ -179,7 +180,7 @@ class Pool {
   }
   std::mutex mutex_;
   std::vector<Free> free_;
-  size_t kept_ = 0, limit_ = 256 << 20;
+  size_t kept_ = 0, limit_ = (size_t)1 << 30;
 };
 
 Pool& pool() {

@@ -81,7 +81,7 @@ def kd_loss(
 
     Memory beside the gradients: ``chunk_tokens`` x V logits for each dense source (by default 2**24 / V tokens, within
     256 and 1024), and for a bfloat16 weight that requires grad, whose gradient is summed in float32 and kept in 24 bits
-    on the way, 1 byte an entry (torch backend: 4). On the CPU, up to 256 MiB that are freed stay for the next call.
+    on the way, 1 byte an entry (torch backend: 4). On the CPU, up to 1 GiB that is freed stays for the next call.
     Differentiable in reverse; further derivatives and forward mode are exact too, with the logits in memory.
     Sources: Hinton et al. 2015 (arXiv:1503.02531); Agarwal et al. 2024 (GKD, arXiv:2306.13649).
     """
