@@ -20,7 +20,7 @@ test: $(VENV)/test.stamp $(VENV)/extension.stamp  ## run the tests (ARGS=... are
 	$(PY) -m pytest $(ARGS)
 
 bench: $(VENV)/bench.stamp $(VENV)/extension.stamp  ## run the benchmarks (ARGS=... are pytest's options)
-	$(PY) -m pytest bench $(ARGS)
+	$(PY) -m pytest bench --benchmark-json=bench/results/suite.json $(ARGS)
 
 goals: $(VENV)/bench.stamp $(VENV)/extension.stamp  ## measure the table of goals and renew it in README.md (quiet machine, 20 minutes)
 	$(PY) bench/goals.py $(ARGS)

@@ -3,8 +3,6 @@
 results/cpu-goals.json    bench/goals.py                        README.md, goals
 results/demo.json         a copy of what `make demo` writes     README.md, demo
 results/cpu-grid.json     fastkd bench --json                   bench/README.md, grid and plots
-
-A block stays as it is as long as its result is not there.
 """
 
 from __future__ import annotations
@@ -167,7 +165,7 @@ def renewed(document: Path) -> str:
     """The text of a document with its tables made from the stored results."""
     text = document.read_text()
     for (where, name), (result, form) in BLOCKS.items():
-        if where == document and result.exists():
+        if where == document:
             begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
             before, rest = text.split(begin)
             text = f"{before}{begin}\n{form(json.loads(result.read_text()))}\n{end}{rest.split(end)[1]}"
@@ -178,8 +176,7 @@ def renew() -> None:
     """Writes all documents and plots."""
     for document in DOCUMENTS:
         document.write_text(renewed(document))
-    if GRID.exists():
-        plots.draw(json.loads(GRID.read_text()), RESULTS, PLOTS)
+    plots.draw(json.loads(GRID.read_text()), RESULTS, PLOTS)
 
 
 if __name__ == "__main__":

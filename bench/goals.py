@@ -1,6 +1,6 @@
 """The goals, measured: medians of one run, side by side with plain PyTorch and with the bare GEMMs.
 
-python bench/goals.py     measures for about a quarter of an hour, writes bench/results/cpu-goals.json after every case,
+python bench/goals.py     measures for about twenty minutes, writes bench/results/cpu-goals.json after every case,
                           and renews the documents (bench/docs.py)
 
 Cases, variants, clock and memory are those of `fastkd bench`.

@@ -7,7 +7,6 @@
 #endif
 
 #include <cstdlib>
-#include <iterator>
 #include <mutex>
 #include <new>
 #include <stdexcept>
@@ -121,34 +120,43 @@ void kl_div_grad(uintptr_t t, uintptr_t out, int dtype, int64_t n, bool log_targ
   active->kl_div_grad({nullptr, at<const void>(t), at<void>(out), dtype, n, log_target, scale, threads});
 }
 
-// Memory of large tensors. A block that is freed is kept, up to a limit in all, and handed out again: fresh pages are zeroed
-// by the system at their first touch, which costs as much as a pass over them. Aligned so that huge pages fit.
+// Memory of large tensors. A block that is freed is kept, up to a limit in all, and handed out again for what is up to a
+// quarter smaller: fresh pages are zeroed by the system at their first touch, which costs as much as a pass over them. What
+// fits nothing makes room for what is new. Aligned so that huge pages fit.
+struct Memory {
+  void* data;
+  size_t bytes;
+};
+
 class Pool {
  public:
-  void* take(size_t bytes) {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      for (auto b = free_.rbegin(); b != free_.rend(); ++b)
-        if (b->bytes == bytes) {
-          void* data = b->data;
-          kept_ -= bytes;
-          free_.erase(std::next(b).base());
-          return data;
-        }
+  Memory take(size_t bytes) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (size_t i = free_.size(); i-- > 0;) {
+      const Memory found = free_[i];
+      if (found.bytes >= bytes && found.bytes - bytes <= bytes / 4) {
+        kept_ -= found.bytes;
+        free_.erase(free_.begin() + i);
+        return found;
+      }
     }
+    shrink(kept_ > bytes ? kept_ - bytes : 0);
     void* data = nullptr;
-    if (posix_memalign(&data, HUGE, bytes) != 0) throw std::bad_alloc();
+    if (posix_memalign(&data, HUGE_PAGE, bytes) != 0) {
+      shrink(0);
+      if (posix_memalign(&data, HUGE_PAGE, bytes) != 0) throw std::bad_alloc();
+    }
 #ifdef MADV_HUGEPAGE
     madvise(data, bytes, MADV_HUGEPAGE);
 #endif
-    return data;
+    return {data, bytes};
   }
 
-  void give(void* data, size_t bytes) {
+  void give(Memory memory) {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (bytes > limit_) return std::free(data);
-    free_.push_back({data, bytes});
-    kept_ += bytes;
+    if (memory.bytes > limit_) return std::free(memory.data);
+    free_.push_back(memory);
+    kept_ += memory.bytes;
     shrink(limit_);
   }
 
@@ -164,13 +172,9 @@ class Pool {
     return kept_;
   }
 
-  static constexpr size_t HUGE = 2 << 20;
+  static constexpr size_t HUGE_PAGE = 2 << 20;
 
  private:
-  struct Free {
-    void* data;
-    size_t bytes;
-  };
   void shrink(size_t limit) {  // the oldest go first
     while (kept_ > limit) {
       kept_ -= free_.front().bytes;
@@ -179,7 +183,7 @@ class Pool {
     }
   }
   std::mutex mutex_;
-  std::vector<Free> free_;
+  std::vector<Memory> free_;
   size_t kept_ = 0, limit_ = (size_t)1 << 30;
 };
 
@@ -191,16 +195,15 @@ Pool& pool() {
 // A Python buffer over pooled memory; a tensor made of it holds it alive.
 class Block {
  public:
-  explicit Block(size_t bytes) : bytes_((bytes + Pool::HUGE - 1) / Pool::HUGE * Pool::HUGE), data_(pool().take(bytes_)) {}
-  ~Block() { pool().give(data_, bytes_); }
+  explicit Block(size_t bytes) : memory_(pool().take((bytes + Pool::HUGE_PAGE - 1) / Pool::HUGE_PAGE * Pool::HUGE_PAGE)) {}
+  ~Block() { pool().give(memory_); }
   Block(const Block&) = delete;
   py::buffer_info buffer() const {
-    return py::buffer_info(data_, 1, py::format_descriptor<uint8_t>::format(), (py::ssize_t)bytes_);
+    return py::buffer_info(memory_.data, 1, py::format_descriptor<uint8_t>::format(), (py::ssize_t)memory_.bytes);
   }
 
  private:
-  size_t bytes_;
-  void* data_;
+  Memory memory_;
 };
 
 }  // namespace

@@ -57,7 +57,7 @@ FASTKD_FN Point point(float lp, float lq, float p, float q, float a, float b) {
     // log(q / m) and log(p / m) by the ratio of the smaller to the larger, which keeps what log q - log m would cancel
     const float c = 1.f - a, d = lp - lq;
     const bool less = p < q;
-    const float ratio = less ? p / q : q / p, l = FASTKD_LOG(less ? c + a * ratio : a + c * ratio);
+    const float ratio = less ? p / q : q / p, l = FASTKD_LOG(mixed(less ? c + a * ratio : a + c * ratio));
     const float right = q == 0.f ? 0.f : c * q * (less ? -l : -d - l);
     return {(p == 0.f ? 0.f : a * p * (less ? d - l : -l)) + right, right};
   } else if constexpr (K == Kind::SkewKL) {

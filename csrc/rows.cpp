@@ -200,13 +200,13 @@ double gather_tiles(int64_t vocab, Softmax& s, Softmax& t, Scratch& w) {
     Tile& k = w.tiles[v / TILE];
     const double ds = s.above(k.ms), dt = t.above(k.mt), gap = ds - dt;
     k.ws = (float)std::exp(ds), k.wt = (float)std::exp(dt), k.gap = (float)(gap / LN2);
-    if (k.ws != 0.f) ls += k.ws * k.ls;  // a tile without weight may hold infinities
-    if (k.wt != 0.f) lt += k.wt * k.lt;
-    if (K == Kind::ForwardKL && k.wt != 0.f) cross += k.wt * (k.cross - k.lt * gap);
+    ls += k.ws * k.ls, lt += k.wt * k.lt;  // a NaN among the logits is in these, whatever the tile's weight
+    if (K == Kind::ForwardKL && k.wt != 0.f) cross += k.wt * (k.cross - k.lt * gap);  // cross may be infinite
     if (K == Kind::ReverseKL && k.ws != 0.f) cross += k.ws * (k.cross + k.ls * gap);
     if (K == Kind::CrossEntropy && k.wt != 0.f) cross += k.wt * (k.cross - k.lt * ds);
   }
-  for (int64_t v = 0; v < vocab && ls == 0; v++) w.es[v] = __builtin_nanf("");  // no mass at all: a gradient of NaN too
+  // no mass at all, or a NaN: the whole gradient is NaN
+  for (int64_t v = 0; v < vocab && !(ls > 0 && lt == lt); v++) w.es[v] = w.et[v] = __builtin_nanf("");
   s.sum = ls, t.sum = lt;
   return cross;
 }
@@ -360,7 +360,7 @@ void divergence_gradient(const Row& row, bool reverse, bool general, float facto
   const float *es = w.es + v, *et = w.et + v;
   const Tile& k = w.tiles[v / TILE];
   const float cs = factor * row.cs * k.ws, ct = factor * row.ct * (general ? 1.f : k.wt), shift = row.shift - k.gap;
-  if (reverse && k.ws == 0.f) {
+  if (reverse && k.ws == 0.f && es[0] == es[0]) {  // et may be infinite there
     __builtin_memset(grad, 0, n * sizeof(float));
   } else if (reverse) {
 #pragma omp simd

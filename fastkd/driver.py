@@ -41,7 +41,8 @@ def _kd(
     if spec.teacher is not None and a.t_x is not None:
         teacher = Dense(spec.teacher, a.t_x, a.t_w, a.t_b, needs[4:7], rows, size, listed is None)
     loss = torch.zeros(factor.shape, dtype=factor.dtype, device=factor.device)
-    for chunk in chunks(*factor.shape, size, listed):
+    batch, tokens = factor.shape
+    for chunk in chunks(batch, tokens, size, listed):
         s = student.logits(chunk)
         t = None if teacher is None else teacher.logits(chunk)
         row = _rows_of(spec, a, factor, chunk)

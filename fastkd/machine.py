@@ -116,8 +116,19 @@ def available_bytes(device: torch.device | str) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:"))
+        left = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:"))
     except (OSError, StopIteration):
+        return None
+    return min(left, _container_left() or left)
+
+
+def _container_left(group: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a container's limit leaves, files that can be dropped from memory not counted; None without a limit."""
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(1, limit - used + int(stat["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # no cgroup v2, or "max"
         return None
 
 

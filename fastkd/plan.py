@@ -29,6 +29,8 @@ ROW_TENSORS = 9
 # float32 rows [V] that each thread of the C++ row op keeps: e^x of the student and of the teacher
 THREAD_ROWS = 2
 
+PLANNED = ("cpu", "torch")  # the backends whose row op the formulas know
+
 Bytes = dict[str, int]  # what is alive at one moment, by name
 
 
@@ -176,7 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", nargs="+", choices=terminal.DTYPES, default=["bf16"], help="of states and heads")
     parser.add_argument("--chunk-tokens", type=terminal.positive, metavar="N", default=None, help="as for kd_loss")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="planned for; need not be there")
-    parser.add_argument("--backend", choices=("cpu", "torch"), default=None, help="None: what kd_loss would choose")
+    parser.add_argument("--backend", choices=PLANNED, default=None, help="None: what kd_loss would choose")
     parser.add_argument("--memory", type=memory, metavar="SIZE", default=None, help="budget, such as 80GiB or 512MiB")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 

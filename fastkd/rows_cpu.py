@@ -160,7 +160,8 @@ class Sum(rows_torch.Sum):
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for a large result or buffer, in huge pages if the system grants them. What is freed of it is kept, up to
-    1 GiB in all, and handed out again: the first touch of fresh pages costs as much as a pass over them."""
+    1 GiB in all, and handed out again: the first touch of fresh pages costs as much as a pass over them. Their storage
+    cannot be resized."""
     count = math.prod(shape)
     if count * dtype.itemsize < LARGE or torch.device(device).type != "cpu":
         return torch.empty(tuple(shape), dtype=dtype, device=device)

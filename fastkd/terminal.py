@@ -4,6 +4,7 @@ result files, and the options for the size of heads."""
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -56,25 +57,45 @@ def backend(text: str) -> str:
 def result_file(text: str) -> Path:
     """A file that can be written; found out before hours of measuring, not after."""
     path = Path(text)
-    there = path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a"):
-            pass
-        if not there:
-            path.unlink()
+        _try(path if _special(path) else _draft(path))
+        if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR) if path.is_dir() else "not writable")
     except OSError as error:
-        raise argparse.ArgumentTypeError(
-            f"expected a file that can be written, got {text!r}: {error.strerror}"
-        ) from None
+        reason = error.strerror
+        raise argparse.ArgumentTypeError(f"expected a file that can be written, got {text!r}: {reason}") from None
     return path
+
+
+def _special(path: Path) -> bool:
+    """A pipe or a device, which is written to, not replaced."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _draft(path: Path) -> Path:
+    """Where a file is written first; links are followed, not replaced."""
+    whole = path.resolve()
+    return whole.with_name(whole.name + ".part")
+
+
+def _try(path: Path) -> None:
+    there = path.exists()
+    with path.open("a"):
+        pass
+    if not there:
+        path.unlink()
 
 
 def write_json(path: Path, result: Any) -> None:
     """The whole file or the file as it was: an interrupted run leaves nothing half written."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(draft, path)
+    text = json.dumps(result, indent=1) + "\n"
+    if _special(path):
+        path.write_text(text)
+        return
+    draft = _draft(path)
+    draft.write_text(text)
+    os.replace(draft, path.resolve())
 
 
 @contextmanager

@@ -190,9 +190,9 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         pass  # what was measured is kept
     console = Console()
-    show(validation, console, args.verbose)
-    if args.json is not None:
+    if args.json is not None:  # before anything that may fail, such as printing to a closed pipe
         terminal.write_json(args.json, validation.data())
+    show(validation, console, args.verbose)
     console.print(verdict(validation), highlight=False)
     if not validation.complete:
         return 130

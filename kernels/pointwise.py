@@ -44,7 +44,7 @@ def point(lp, lq, p, q, a, b, KIND: tl.constexpr):
     elif KIND == 2:
         less = p < q  # log m by the ratio of the smaller to the larger, which keeps what log q - log m would cancel
         ratio = tl.where(less, p / q, q / p)
-        log_m = tl.log(tl.where(less, (1 - a) + a * ratio, a + (1 - a) * ratio))  # beyond the larger's logarithm
+        log_m = tl.log(tl.maximum(tl.where(less, (1 - a) + a * ratio, a + (1 - a) * ratio), 1.17549435e-38))
         h = (1 - a) * _times(q, tl.where(less, -log_m, lq - lp - log_m))
         phi = a * _times(p, tl.where(less, lp - lq - log_m, -log_m)) + h
     elif KIND == 3:

@@ -523,3 +523,9 @@ def test_the_table_of_goals_holds_every_goal(monkeypatch):
     assert "`alpha_beta`) against forward KL | 1.50 x" in text
     for module in ("docs", "goals", "row_op"):
         sys.modules.pop(module)
+
+
+def test_a_variant_that_a_work_does_not_have_is_said(run):
+    size = "--tokens", "8", "--vocab", "50", "--rounds", "1", "--dtype", "fp32"
+    _, result, out = run("--work", "logits", "--variants", "fused", "liger", size=size)
+    assert "logits: has no variant 'liger' in this dtype" in result["skipped"] and "no variant 'liger'" in out

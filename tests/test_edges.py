@@ -41,6 +41,14 @@ def put(side, where, value):
     return change
 
 
+def both_of(*changes):
+    def change(*rows):
+        for one in changes:
+            one(*rows)
+
+    return change
+
+
 def scaled(factor, offset=0.0):
     def change(s, t):
         s.mul_(factor).add_(offset)
@@ -70,6 +78,11 @@ EDGES = {
     "NaN in the student": Edge(put("student", 1500, NAN), "nan"),
     "NaN in the teacher": Edge(put("teacher", -1, NAN), "nan"),
     "NaN first in the student": Edge(put("student", 0, NAN), "nan"),
+    **{
+        f"NaN in a tile {what} of the {side}": Edge(both_of(put(side, MIDDLE, value), put(side, 1500, NAN)), "nan")
+        for side in ("student", "teacher")
+        for what, value in (("of NaN", NAN), ("of -inf", -INF), ("far below", -300.0))  # tiles that weigh nothing
+    },
     "+inf in the student": Edge(put("student", 1500, INF), "nan"),
     "+inf in the teacher": Edge(put("teacher", 1500, INF), "nan"),
     "logits around 1e4 and -1e4": Edge(scaled(1.0, 1e4)),

@@ -145,3 +145,15 @@ def test_half_precision_rows_round_to_nearest():
     g = torch.empty_like(x)  # d lse / dx = q
     rows_cpu.stats(x, g, Side(), x.shape[1], one, (one, 0 * one, 0 * one))
     torch.testing.assert_close(g, x.float().softmax(-1).half(), rtol=0, atol=6e-8)  # a step of the smallest numbers
+
+
+@pytest.mark.parametrize("beta", [1e-9, 1 - 1e-8])
+def test_jensen_shannon_next_to_its_limits(backend, beta):
+    """In float32 1 - beta is 0 or 1: the mixture's logarithm stays finite where a probability underflows."""
+    student, teacher = torch.zeros(1, 8, requires_grad=True), torch.zeros(1, 8)
+    teacher[0, 3] = -200
+    teacher.requires_grad_()
+    loss = fastkd.kd_loss(student, teacher, divergences.JensenShannon(beta), backend=backend)
+    loss.backward()
+    assert loss.isfinite() and student.grad.isfinite().all() and teacher.grad.isfinite().all()
+    assert loss.abs() < 1e-6

@@ -1,5 +1,6 @@
 """fastkd validate finds what is broken, names it, and reproduces it; what is right passes; bad input is refused."""
 
+import argparse
 import json
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -467,3 +468,51 @@ def test_a_maker_of_another_size_goes_on_with_the_same_numbers():
     other = maker.sized(tokens=2)
     assert (other.tokens, maker.tokens, other.vocab) == (2, 5, 33)
     assert not torch.equal(maker.normal(3), other.normal(3))
+
+
+# --- result files ---
+
+
+def test_a_link_is_followed_and_a_device_is_not_replaced(tmp_path):
+    target, link = tmp_path / "target.json", tmp_path / "link.json"
+    target.write_text("old")
+    link.symlink_to(target)
+    terminal.write_json(terminal.result_file(str(link)), {"a": 1})
+    assert link.is_symlink() and json.loads(target.read_text()) == {"a": 1}
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["link.json", "target.json"]
+    null = terminal.result_file("/dev/null")
+    terminal.write_json(null, {"a": 1})
+    assert null.is_char_device()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 253])  # the second is long enough for the file, not for its draft
+def test_a_name_that_is_too_long_is_refused(name, tmp_path):
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a file that can be written"):
+        terminal.result_file(str(tmp_path / name))
+
+
+def test_the_result_is_written_before_it_is_printed(tmp_path, monkeypatch):
+    def closed(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(validate, "show", closed)
+    file = tmp_path / "result.json"
+    with pytest.raises(BrokenPipeError):
+        main("--op", "kl_div", "--dtype", "fp32", "--json", file)
+    assert strict(file.read_text())["complete"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("feature", ["temperature 0.05", "logits up to 1e4", "plain"])
+def test_no_seed_makes_the_reference_fail_against_itself(feature, dtype):
+    for seed in range(20):
+        testing.Case("kd_loss", feature, "reference", dtype, seed=seed).compare().check()
+
+
+def test_a_container_has_less_memory_than_its_machine(tmp_path):
+    for name, text in {"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "inactive_file 50\n"}.items():
+        (tmp_path / name).write_text(text)
+    assert machine._container_left(tmp_path) == 350
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine._container_left(tmp_path) is None
+    assert machine._container_left(tmp_path / "none") is None

@@ -88,6 +88,11 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     cases, skipped = grid(args)
     names = [chosen(args, case) for case in cases]
+    for work in dict.fromkeys(case.work for case in cases):
+        known = variants(next(case for case in cases if case.work == work))
+        skipped += [
+            f"{work}: has no variant {name!r} in this dtype" for name in args.variants or () if name not in known
+        ]
     if args.plots is not None:
         try:
             plots.pyplot()

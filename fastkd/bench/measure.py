@@ -161,7 +161,7 @@ def measure(record: Record, case: Case, rounds: int, with_memory: bool, tick: Ca
 
     losses = {}
     small = comparable(case)
-    with failures(*(entries[name] for name in names)):
+    with failures(*entries.values()):
         inputs = work.inputs(small)
         truth = reference(small, inputs)
         record["compared_at"] = {k: getattr(small, k) for k in ("tokens", "vocab", "hidden", "teacher_hidden")}
@@ -195,6 +195,8 @@ def fails(entry: Record, error: Exception) -> None:
     """Sets down the first line of an exception."""
     line = next(iter(str(error).strip().splitlines()), "")
     reason = line if isinstance(error, memory.Died) else f"{type(error).__name__}: {line}"
+    for partial_result in ("ms", "faster_than", "to_floor"):
+        entry.pop(partial_result, None)
     entry.update(status="fails", reason=reason[:300])
 
 

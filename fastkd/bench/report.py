@@ -16,7 +16,7 @@ from fastkd.terminal import size
 
 Result = dict[str, Any]
 
-COLUMNS = (*("time", "spread", "peak", "vs naive", "vs fp32", "vs compiled", "to floor", "loss error", "grad error"),)
+COLUMNS = ("time", "spread", "peak", "vs naive", "vs fp32", "vs compiled", "to floor", "loss error", "grad error")
 LEGEND = (
     "Forward and backward. time: median of the rounds, in which the variants take turns; spread: interquartile range "
     "over median. peak: memory beside the inputs, gradients included, each variant in a process of its own. vs: how "

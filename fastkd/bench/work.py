@@ -144,7 +144,7 @@ def _planned(case: Case, variant: str) -> int | None:
     if variant.startswith("fused") and not variant.endswith("each"):
         kind = torch.device(case.device).type
         backend = variant.removeprefix("fused").strip() or plan.default_backend(dtype, kind)
-        if backend != "reference" and BACKENDS[backend].unavailable() is None:
+        if backend in plan.PLANNED and BACKENDS[backend].unavailable() is None:
             sizes = case.tokens, case.vocab, case.hidden, case.teacher_hidden
             return plan.total(plan.fused_bytes(*sizes, dtype, backend=backend, device=kind))
     return None
