@@ -54,12 +54,9 @@ FASTKD_FN Point point(float lp, float lq, float p, float q, float a, float b) {
   } else if constexpr (K == Kind::ReverseKL) {
     return {q == 0.f ? 0.f : q * (lq - lp), q == 0.f ? 0.f : q * (lq - lp + 1.f)};
   } else if constexpr (K == Kind::JensenShannon) {
-    // log(q / m) and log(p / m) by the ratio of the smaller to the larger, which keeps what log q - log m would cancel
-    const float c = 1.f - a, d = lp - lq;
-    const bool less = p < q;
-    const float ratio = less ? p / q : q / p, l = FASTKD_LOG(mixed(less ? c + a * ratio : a + c * ratio));
-    const float right = q == 0.f ? 0.f : c * q * (less ? -l : -d - l);
-    return {(p == 0.f ? 0.f : a * p * (less ? d - l : -l)) + right, right};
+    const float c = 1.f - a, lm = FASTKD_LOG(mixed(a * p + c * q));
+    const float right = q == 0.f ? 0.f : c * q * (lq - lm);
+    return {(p == 0.f ? 0.f : a * p * (lp - lm)) + right, right};
   } else if constexpr (K == Kind::SkewKL) {
     const float c = 1.f - a, m = mixed(a * p + c * q);
     return {p == 0.f ? 0.f : p * (lp - FASTKD_LOG(m)), p == 0.f ? 0.f : -c * p * (q / m)};

@@ -230,16 +230,21 @@ void tile_point(const Term& term, float weight, int64_t n, const Softmax& s, con
   const float a = term.a, b = term.b, ms = k.ms, mt = k.mt, is = s.inv, it = t.inv;
   const float ls = (float)(std::log(s.sum) - s.above(ms)), lt = (float)(std::log(t.sum) - t.above(mt));
   const float rs = (float)std::exp(-(double)ls), rt = (float)std::exp(-(double)lt);  // p = e^lp also to lp's rounding
-  float sum_phi = 0, sum_h = 0;
-#pragma omp simd reduction(+ : sum_phi, sum_h)
-  for (int64_t i = 0; i < n; i++) {
-    const Point f = point<K, PLAIN>((zt[i] - mt) * it - lt, (zs[i] - ms) * is - ls, et[i] * rt, es[i] * rs, a, b);
-    sum_phi += f.phi;
-    sum_h += f.h;
-    h[i] = FIRST ? weight * f.h : h[i] + weight * f.h;
+  double sum_phi = 0, sum_h = 0;
+  for (int64_t b0 = 0; b0 < n; b0 += BLOCK) {
+    const int64_t end = smaller(n, b0 + BLOCK);
+    float part_phi = 0, part_h = 0;
+#pragma omp simd reduction(+ : part_phi, part_h)
+    for (int64_t i = b0; i < end; i++) {
+      const Point f = point<K, PLAIN>((zt[i] - mt) * it - lt, (zs[i] - ms) * is - ls, et[i] * rt, es[i] * rs, a, b);
+      part_phi += f.phi;
+      part_h += f.h;
+      h[i] = FIRST ? weight * f.h : h[i] + weight * f.h;
+    }
+    sum_phi += part_phi, sum_h += part_h;
   }
-  loss += (double)weight * sum_phi;
-  total += (double)weight * sum_h;
+  loss += weight * sum_phi;
+  total += weight * sum_h;
 }
 
 // Any sum of divergences: h takes the place of e^y in et.

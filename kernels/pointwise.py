@@ -42,11 +42,9 @@ def point(lp, lq, p, q, a, b, KIND: tl.constexpr):
         phi = _times(q, lq - lp)
         h = phi + q
     elif KIND == 2:
-        less = p < q  # log m by the ratio of the smaller to the larger, which keeps what log q - log m would cancel
-        ratio = tl.where(less, p / q, q / p)
-        log_m = tl.log(tl.maximum(tl.where(less, (1 - a) + a * ratio, a + (1 - a) * ratio), 1.17549435e-38))
-        h = (1 - a) * _times(q, tl.where(less, -log_m, lq - lp - log_m))
-        phi = a * _times(p, tl.where(less, lp - lq - log_m, -log_m)) + h
+        lm = tl.log(tl.maximum(a * p + (1 - a) * q, 1.17549435e-38))
+        h = (1 - a) * _times(q, lq - lm)
+        phi = a * _times(p, lp - lm) + h
     elif KIND == 3:
         m = tl.maximum(a * p + (1 - a) * q, 1.17549435e-38)
         phi = _times(p, lp - tl.log(m))

@@ -58,7 +58,7 @@ MUTANTS = {
     "C++: 0 log 0": (ROWS, "p3 += p == 0.f ? 0.f : p * (y - x);", "p3 += p * (y - x);"),
     "C++: ignored rows keep their gradient": (ROWS, "if (a.g.data != nullptr) zero_gradient(a.g, r);", ""),
     "C++: sum of h dropped": (ROWS, "row.s.scale() * (float)total", "row.s.scale() * 0.f"),
-    "C++: a term of Jensen-Shannon": (POINT, "(p == 0.f ? 0.f : a * p * (less ? d - l : -l)) + right", "right"),
+    "C++: a term of Jensen-Shannon": (POINT, "(p == 0.f ? 0.f : a * p * (lp - lm)) + right", "right"),
     "C++: h of skew KL": (POINT, "-c * p * (q / m)", "-p * (q / m)"),
     "torch: slope of the softcap dropped": (TORCH, "grad = grad * a.student.slope(z) *", "grad = grad *"),
     "torch: temperature dropped from the gradient": (TORCH, "keepdim=True))) / temperature", "keepdim=True)))"),
