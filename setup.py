@@ -1,6 +1,6 @@
 """Builds the C++ (and, where there are .cu files and nvcc, CUDA) extension fastkd._C from csrc/, without torch.
 
-rows.cpp is compiled once per instruction set and module.cpp chooses among the objects at run time. An extension that
+rows.cpp and sparse.cpp are compiled once per instruction set and module.cpp chooses among the objects at run time. An extension that
 cannot be built is reported and left out, because the torch backend serves without it; FASTKD_REQUIRE_EXT=1 makes that
 an error. All metadata is in pyproject.toml.
 """
@@ -100,7 +100,8 @@ def ninja_file(target: Path) -> str:
     objects = {"module.o": ("module.cpp", cxx + python + defines)}
     # generic before the others: where a template has one copy for all objects, the linker keeps the first
     for isa, flags in ISAS.items():
-        objects[f"rows_{isa}.o"] = ("rows.cpp", [*cxx, *flags, f"-DFASTKD_ISA={isa}"])
+        for name in ("rows", "sparse"):
+            objects[f"{name}_{isa}.o"] = (f"{name}.cpp", [*cxx, *flags, f"-DFASTKD_ISA={isa}"])
     link = [*cxx, "-shared", *["-undefined", "dynamic_lookup"] * MACOS]
     if nvcc:
         for source in sources:

@@ -74,15 +74,29 @@ Source source(const SourceTuple& s) {
   return {matrix(std::get<0>(s)), std::get<1>(s), std::get<2>(s), at<const float>(std::get<3>(s))};
 }
 
-void divergence(int64_t n, int64_t vocab, SourceTuple s, SourceTuple t, MatrixTuple g, uintptr_t factor,
-                std::vector<TermTuple> terms, bool normalized, uintptr_t labels, uintptr_t label_weight,
-                uintptr_t label_temperature, float label_smoothing, uintptr_t loss, int threads) {
+std::vector<Term> term_list(const std::vector<TermTuple>& terms) {
   std::vector<Term> list;
   for (auto [kind, a, b, weight] : terms) list.push_back({kind, a, b, at<const float>(weight)});
+  return list;
+}
+
+void divergence(int64_t n, int64_t vocab, SourceTuple s, SourceTuple t, MatrixTuple g, uintptr_t factor,
+                std::vector<TermTuple> terms, bool normalized, uintptr_t labels, uintptr_t label_weight, uintptr_t loss,
+                int threads) {
+  const std::vector<Term> list = term_list(terms);
   py::gil_scoped_release release;
   active->divergence({n, vocab, source(s), source(t), matrix(g), at<const float>(factor), list.data(), (int)list.size(),
-                      normalized, at<const int64_t>(labels), at<const float>(label_weight),
-                      at<const float>(label_temperature), label_smoothing, at<float>(loss), threads});
+                      normalized, at<const int64_t>(labels), at<const float>(label_weight), at<float>(loss), threads});
+}
+
+void sparse(int64_t n, int64_t vocab, int64_t k, SourceTuple s, MatrixTuple g, uintptr_t factor, uintptr_t ids,
+            uintptr_t log_p, uintptr_t log_rest, int rest, std::vector<TermTuple> terms, uintptr_t labels,
+            uintptr_t label_weight, uintptr_t loss, int threads) {
+  const std::vector<Term> list = term_list(terms);
+  py::gil_scoped_release release;
+  active->sparse({n, vocab, k, source(s), matrix(g), at<const float>(factor), at<const int64_t>(ids), at<const float>(log_p),
+                  at<const float>(log_rest), (Rest)rest, list.data(), (int)list.size(), at<const int64_t>(labels),
+                  at<const float>(label_weight), at<float>(loss), threads});
 }
 
 void selected(int64_t n, int64_t vocab, int64_t k, SourceTuple s, MatrixTuple g, uintptr_t ids, uintptr_t cotangent,
@@ -98,6 +112,13 @@ void stats(int64_t n, int64_t vocab, SourceTuple s, MatrixTuple g, std::tuple<ui
   py::gil_scoped_release release;
   active->stats({n, vocab, source(s), matrix(g), {at<const float>(c0), at<const float>(c1), at<const float>(c2)},
                  at<float>(lse), at<float>(entropy), at<float>(top), at<int64_t>(argmax), threads});
+}
+
+void top(int64_t n, int64_t vocab, int64_t k, SourceTuple s, MatrixTuple g, uintptr_t d_log_probs, uintptr_t d_log_tail,
+         uintptr_t log_probs, uintptr_t log_tail, uintptr_t ids, int threads) {
+  py::gil_scoped_release release;
+  active->top({n, vocab, k, source(s), matrix(g), {at<const float>(d_log_probs), at<const float>(d_log_tail)},
+               at<float>(log_probs), at<float>(log_tail), at<int64_t>(ids), threads});
 }
 
 void accumulate(uintptr_t acc, uintptr_t low, uintptr_t part, int dtype, int64_t n, bool first, int threads) {
@@ -219,8 +240,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("isas", isas, "Those that this processor has, best first.");
   m.def("set_isa", set_isa, "Use another one that this processor has.");
   m.def("divergence", divergence);
+  m.def("sparse", sparse);
   m.def("select", selected);
   m.def("stats", stats);
+  m.def("top", top);
   m.def("accumulate", accumulate);
   m.def("round_sum", round_sum);
   m.def("kl_div_sum", kl_div_sum);

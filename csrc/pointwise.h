@@ -4,7 +4,7 @@
 
 #ifndef FASTKD_FN
 #include "vector_math.h"
-#define FASTKD_FN static inline
+#define FASTKD_FN FASTKD_INLINE  // a call in a loop would keep it from being vectorised
 #define FASTKD_EXP(x) fastkd_exp(x)
 #define FASTKD_LOG(x) fastkd_log(x)
 #define FASTKD_SQRT(x) __builtin_sqrtf(x)
@@ -54,9 +54,12 @@ FASTKD_FN Point point(float lp, float lq, float p, float q, float a, float b) {
   } else if constexpr (K == Kind::ReverseKL) {
     return {q == 0.f ? 0.f : q * (lq - lp), q == 0.f ? 0.f : q * (lq - lp + 1.f)};
   } else if constexpr (K == Kind::JensenShannon) {
-    const float c = 1.f - a, lm = FASTKD_LOG(mixed(a * p + c * q));
-    const float right = q == 0.f ? 0.f : c * q * (lq - lm);
-    return {(p == 0.f ? 0.f : a * p * (lp - lm)) + right, right};
+    // log(q / m) and log(p / m) by the ratio of the smaller to the larger, which keeps what log q - log m would cancel
+    const float c = 1.f - a, d = lp - lq, away = d < 0.f ? d : -d, small = p < q ? p : q, large = p < q ? q : p;
+    const float w_small = p < q ? a : c, w_large = 1.f - w_small;
+    const float l = FASTKD_LOG(mixed(w_large + w_small * (small / large)));
+    const float of_small = small == 0.f ? 0.f : w_small * small * (away - l), of_large = large == 0.f ? 0.f : -w_large * large * l;
+    return {of_small + of_large, p < q ? of_large : of_small};
   } else if constexpr (K == Kind::SkewKL) {
     const float c = 1.f - a, m = mixed(a * p + c * q);
     return {p == 0.f ? 0.f : p * (lp - FASTKD_LOG(m)), p == 0.f ? 0.f : -c * p * (q / m)};

@@ -1,164 +1,10 @@
 // The row ops on a CPU. Compiled once for each instruction set, each into a namespace of its own (FASTKD_ISA).
 // Rows are handed to threads; a row is walked in tiles of float32 that stay in the first-level cache.
-#include "rows.h"
-#include "vector_math.h"
-#include "pointwise.h"
-#include "transfer.h"
-
-#include <cfloat>
-#include <cmath>
-#include <cstdlib>
+#include "tiles.h"
 
 namespace fastkd {
 namespace FASTKD_ISA {
 namespace {
-
-constexpr int64_t TILE = 1024, BLOCK = 256;  // BLOCK: between requests for what comes next
-constexpr float INF = __builtin_inff();
-
-// effective logits of columns [v, v + n) of a row: in z, or the logits themselves where nothing is to be done
-const float* load_logits(const Source& src, int64_t row, int64_t v, int64_t n, float* z) {
-  const Matrix& m = src.raw;
-  const int64_t own = v >= m.width ? 0 : smaller(n, m.width - v);
-  const float scale = src.scale, cap = src.softcap;
-  if (m.dtype == Float32 && own == n && scale == 1.f && cap == 0.f) return (const float*)m.data + row * m.stride + v;
-  load(m.data, m.dtype, row * m.stride + v, own, z);
-  if (cap != 0.f) {
-    const float inner = scale / cap;
-#pragma omp simd
-    for (int64_t i = 0; i < own; i++) z[i] = cap * fastkd_tanh(z[i] * inner);
-  } else if (scale != 1.f) {
-#pragma omp simd
-    for (int64_t i = 0; i < own; i++) z[i] *= scale;
-  }
-  for (int64_t i = own; i < n; i++) z[i] = -INF;
-  return z;
-}
-
-// Columns [v, v + n) of a row of the gradient, as far as the matrix has them: past the caches where it is not written over
-// the logits, which a GEMM is about to read.
-void store_tile(const Matrix& g, const Source& src, int64_t row, int64_t v, int64_t n, const float* grad) {
-  n = v >= g.width ? 0 : smaller(n, g.width - v);
-  const int64_t offset = row * g.stride + v;
-  if (g.data == src.raw.data) return store(g.data, g.dtype, offset, n, grad);
-  if (g.dtype == Float32) return stream((float*)g.data + offset, grad, n * sizeof(float));
-  uint16_t half[TILE];
-  store(half, g.dtype, 0, n, grad);
-  stream((uint16_t*)g.data + offset, half, n * sizeof(uint16_t));
-}
-
-// writes g * dz/draw * factor
-void store_gradient(const Matrix& g, const Source& src, float factor, int64_t row, int64_t v, int64_t n, const float* z,
-                    float* grad) {
-  n = v >= g.width ? 0 : smaller(n, g.width - v);
-  const float f = factor * src.scale, cap = src.softcap;
-  if (cap != 0.f) {
-    const float inverse = 1.f / cap;
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-      const float y = z[i] * inverse;
-      grad[i] *= f * (1.f - y * y);
-    }
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) grad[i] *= f;
-  }
-  store_tile(g, src, row, v, n, grad);
-}
-
-void zero_gradient(const Matrix& g, int64_t row) {
-  const int64_t size = size_of(g.dtype);
-  __builtin_memset((char*)g.data + row * g.stride * size, 0, g.width * size);
-}
-
-float largest(const Source& src, int64_t row, int64_t vocab, float* tile) {
-  float top = -INF;
-  for (int64_t v = 0; v < vocab; v += TILE) {
-    const int64_t n = smaller(TILE, vocab - v);
-    const float* z = load_logits(src, row, v, n, tile);
-#pragma omp simd reduction(max : top)
-    for (int64_t i = 0; i < n; i++) top = z[i] > top ? z[i] : top;
-  }
-  return top;
-}
-
-constexpr float LOG2E = 1.44269504088896341f;
-constexpr double LN2 = 0.693147180559945309;
-
-// A row's softmax: x = (z - top) * inv, probability e^x / sum
-struct Softmax {
-  float top, inv;
-  double sum;
-  double above(float z) const { return ((double)z - top) * inv; }
-  float scale() const { return (float)(1.0 / sum); }
-};
-
-Softmax softmax_of(const Source& src, int64_t row, int64_t vocab, float* tile) {
-  return {largest(src, row, vocab, tile), 1.f / src.temperature[row], 0};
-}
-
-// What one pass over a tile leaves: the largest logits, from which x and y are measured there, and sums; and once the whole
-// row is seen, the factors that bring e^x and e^y of the tile to the row's own largest logit, and x - y (in units of ln 2).
-struct Tile {
-  float ms, mt;
-  double ls, lt, cross;
-  float ws, wt, gap;
-};
-
-// Each thread's memory: tiles, and e^x of a row of the student and of the teacher [vocab]
-struct Scratch {
-  float zs[TILE], zt[TILE], grad[TILE];
-  Tile* tiles;
-  float *es, *et;
-  explicit Scratch(int64_t vocab) {
-    const int64_t count = (vocab + TILE - 1) / TILE;
-    tiles = (Tile*)std::malloc(count * sizeof(Tile) + 2 * vocab * sizeof(float));
-    if (tiles == nullptr) std::abort();
-    es = (float*)(tiles + count), et = es + vocab;
-  }
-  ~Scratch() { std::free(tiles); }
-  Scratch(const Scratch&) = delete;
-};
-
-// e[0..vocab) = e^x and its sum
-void exponentials(const Source& src, int64_t row, int64_t vocab, Softmax& s, float* tile, float* e) {
-  double sum = 0;
-  const float top = s.top, inv = s.inv * LOG2E;
-  for (int64_t v = 0; v < vocab; v += TILE) {
-    const int64_t n = smaller(TILE, vocab - v);
-    const float* z = load_logits(src, row, v, n, tile);
-    float* out = e + v;
-    float part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int64_t i = 0; i < n; i++) {
-      out[i] = fastkd_exp2((z[i] - top) * inv);
-      part += out[i];
-    }
-    sum += part;
-  }
-  s.sum = sum;
-}
-
-// Effective logits of a tile as load_logits gives them, and the largest, from which differences are defined even where all
-// are -inf.
-const float* load_with_top(const Source& src, int64_t r, int64_t v, int64_t n, float* tile, float& largest) {
-  const float* z = tile;
-  float top = -INF;
-  if (src.raw.dtype == BFloat16 && v + n <= src.raw.width && src.scale == 1.f && src.softcap == 0.f) {
-    const uint16_t* x = (const uint16_t*)src.raw.data + r * src.raw.stride + v;
-#pragma omp simd reduction(max : top)
-    for (int64_t i = 0; i < n; i++) {
-      tile[i] = bits_to_float((uint32_t)x[i] << 16);
-      top = tile[i] > top ? tile[i] : top;
-    }
-  } else {
-    z = load_logits(src, r, v, n, tile);
-#pragma omp simd reduction(max : top)
-    for (int64_t i = 0; i < n; i++) top = z[i] > top ? z[i] : top;
-  }
-  largest = top == -INF ? -FLT_MAX : top;
-  return z;
-}
 
 // Both softmaxes of a tile, measured from its own largest logits: e^x in es, e^y in et (reverse KL: (x - y) / ln 2), their
 // sums, and for the closed forms the sum of the divergence's terms without the logarithms of those sums.
@@ -284,7 +130,7 @@ void general_sums(const DivergenceArgs& a, int64_t r, const Softmax& s, const So
 // ---- one row ----
 
 struct Row {
-  Softmax s, t, hard;
+  Softmax s, t;
   double loss = 0;
   float cs = 0, ct = 0, shift = 0;  // gradient: cs * es + ct * et, or for reverse KL cs * es * (et - shift)
 };
@@ -320,45 +166,6 @@ void general_row(const DivergenceArgs& a, int64_t r, Row& row, Scratch& w) {
   row.cs = -row.s.inv * row.s.scale() * (float)total, row.ct = row.s.inv;  // h - q sum h
 }
 
-// cross-entropy at the label's own temperature
-double label_loss(const DivergenceArgs& a, int64_t r, const Softmax& s, Scratch& w) {
-  double sum = 0;
-  for (int64_t v = 0; v < a.vocab && a.label_smoothing != 0.f; v += TILE) {
-    const int64_t n = smaller(TILE, a.vocab - v);
-    const float* z = load_logits(a.s, r, v, n, w.zs);
-    float part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int64_t i = 0; i < n; i++) part += z[i] - s.top;
-    sum += part;
-  }
-  const float z = *load_logits(a.s, r, a.labels[r], 1, w.zs);
-  const double eps = a.label_smoothing, ls = std::log(s.sum), x = (double)(z - s.top) * s.inv;
-  return (1 - eps) * (ls - x) + (eps == 0 ? 0 : eps * (ls - sum * s.inv / (double)a.vocab));
-}
-
-double label_sum(const DivergenceArgs& a, int64_t r, const Softmax& s, Scratch& w) {
-  double sum = 0;
-  const float top = s.top, inv = s.inv * LOG2E;
-  for (int64_t v = 0; v < a.vocab; v += TILE) {
-    const int64_t n = smaller(TILE, a.vocab - v);
-    const float* z = load_logits(a.s, r, v, n, w.zs);
-    float part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int64_t i = 0; i < n; i++) part += fastkd_exp2((z[i] - top) * inv);
-    sum += part;
-  }
-  return sum;
-}
-
-void add_label_gradient(const DivergenceArgs& a, int64_t r, int64_t v, int64_t n, const Softmax& s, float c, const float* z,
-                        float* grad) {
-  const float top = s.top, inv = s.inv * LOG2E, cq = c * s.scale(), even = c * a.label_smoothing / (float)a.vocab;
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) grad[i] += cq * fastkd_exp2((z[i] - top) * inv) - even;
-  const int64_t y = a.labels[r] - v;
-  if (y >= 0 && y < n) grad[y] -= c * (1.f - a.label_smoothing);
-}
-
 // grad[0..n) = factor * gradient with respect to the effective logits of a tile
 void divergence_gradient(const Row& row, bool reverse, bool general, float factor, int64_t v, int64_t n, Scratch& w) {
   float* grad = w.grad;
@@ -377,11 +184,10 @@ void divergence_gradient(const Row& row, bool reverse, bool general, float facto
 }
 
 void one_row(const DivergenceArgs& a, int64_t r, Scratch& w) {
-  const bool dense = a.t.raw.data != nullptr, general = dense && !closed(a);
-  const Kind kind = dense && !general ? (Kind)a.terms[0].kind : Kind::AlphaBeta;
-  const float weight = !dense ? 0.f : general ? 1.f : a.terms[0].weight[r];
+  const bool general = !closed(a);
+  const Kind kind = general ? Kind::AlphaBeta : (Kind)a.terms[0].kind;
+  const float weight = general ? 1.f : a.terms[0].weight[r];
   Row row;
-  if (weight == 0.f) row.s = softmax_of(a.s, r, a.vocab, w.zs);
   if (weight != 0.f) {
     row.s.inv = 1.f / a.s.temperature[r], row.t.inv = 1.f / a.t.temperature[r];
     if (general) general_row(a, r, row, w);
@@ -389,15 +195,11 @@ void one_row(const DivergenceArgs& a, int64_t r, Scratch& w) {
     if (kind == Kind::ReverseKL) closed_row<Kind::ReverseKL>(a, r, weight, row, w);
     if (kind == Kind::CrossEntropy) closed_row<Kind::CrossEntropy>(a, r, weight, row, w);
   }
-  const float hard = a.labels == nullptr ? 0.f : a.label_weight[r];
-  if (hard != 0.f) {
-    row.hard = {row.s.top, 1.f / a.label_temperature[r], row.s.sum};
-    if (weight == 0.f || row.hard.inv != row.s.inv) row.hard.sum = label_sum(a, r, row.hard, w);
-    row.loss += hard * label_loss(a, r, row.hard, w);
-  }
+  const Label label(a, r, weight != 0.f ? &row.s : nullptr, w.zs);
+  if (label.weight != 0.f) row.loss += label.loss(a.s, r, w.zs);
   a.loss[r] = (float)row.loss;
   if (a.g.data == nullptr) return;
-  const bool scaled = hard == 0.f && a.s.softcap == 0.f && weight != 0.f;  // dL/draw is dL/dz times one number
+  const bool scaled = label.weight == 0.f && a.s.softcap == 0.f && weight != 0.f;  // dL/draw is dL/dz times one number
   for (int64_t v = 0; v < a.vocab; v += TILE) {
     const int64_t n = smaller(TILE, a.vocab - v);
     if (scaled) {
@@ -410,7 +212,7 @@ void one_row(const DivergenceArgs& a, int64_t r, Scratch& w) {
       divergence_gradient(row, kind == Kind::ReverseKL, general, 1.f, v, n, w);
     else
       __builtin_memset(w.grad, 0, n * sizeof(float));
-    if (hard != 0.f) add_label_gradient(a, r, v, n, row.hard, hard * row.hard.inv, z, w.grad);
+    if (label.weight != 0.f) label.add_gradient(v, n, z, w.grad);
     store_gradient(a.g, a.s, a.factor[r], r, v, n, z, w.grad);
   }
 }
@@ -429,15 +231,6 @@ void divergence(const DivergenceArgs& a) {
       }
     }
     fence();
-  }
-}
-
-// g = factor * es * dz/draw, for a whole row
-void store_row(const Matrix& g, const Source& src, float factor, int64_t r, int64_t vocab, Scratch& w) {
-  for (int64_t v = 0; v < vocab; v += TILE) {
-    const int64_t n = smaller(TILE, vocab - v);
-    const float* z = src.softcap != 0.f ? load_logits(src, r, v, n, w.zs) : nullptr;
-    store_gradient(g, src, factor, r, v, n, z, w.es + v);
   }
 }
 
@@ -636,7 +429,7 @@ void kl_div_grad(const KLDivArgs& a) {
 
 }  // namespace
 
-extern const Kernels kernels = {FASTKD_STRING(FASTKD_ISA), divergence, select, stats, accumulate, round_sum, kl_div_sum, kl_div_grad};
+extern const Kernels kernels = {FASTKD_STRING(FASTKD_ISA), divergence, sparse, select, stats, top, accumulate, round_sum, kl_div_sum, kl_div_grad};
 
 }  // namespace FASTKD_ISA
 }  // namespace fastkd

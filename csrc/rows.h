@@ -28,17 +28,40 @@ struct Term {
 
 struct DivergenceArgs {
   int64_t n, vocab;
-  Source s, t;          // t.raw.data null: labels alone
+  Source s, t;
   Matrix g;             // gradient with respect to s.raw, may be s.raw itself; null: none
   const float* factor;  // [n] multiplies the gradient; 0: loss 0, gradient 0
   const Term* terms;
   int term_count;
   bool normalized;  // false: t holds logs of weights to be used as they are
-  const int64_t* labels;           // [n] or null
-  const float* label_weight;       // [n]
-  const float* label_temperature;  // [n]
-  float label_smoothing;
-  float* loss;  // [n]
+  const int64_t* labels;      // [n] or null
+  const float* label_weight;  // [n]
+  float* loss;                // [n]
+  int threads;
+};
+
+// What a sparse teacher says of the entries that it does not list
+enum class Rest : int {
+  One,   // they are one more outcome
+  None,  // nothing
+  Out,   // they have no part in the student's softmax either
+  Each,  // the same log-probability for each of them; the divergences are cross-entropies
+};
+
+struct SparseArgs {
+  int64_t n, vocab, k;
+  Source s;
+  Matrix g;
+  const float* factor;
+  const int64_t* ids;     // [n, k] in [0, vocab) or -1
+  const float* log_p;     // [n, k], -inf where the id is -1
+  const float* log_rest;  // [n] for Rest::One and Rest::Each
+  Rest rest;
+  const Term* terms;
+  int term_count;
+  const int64_t* labels;
+  const float* label_weight;
+  float* loss;
   int threads;
 };
 
@@ -59,6 +82,16 @@ struct StatsArgs {
   const float* cotangent[3];  // of lse, entropy, max_log_prob: [n] each, or null
   float *lse, *entropy, *max_log_prob;
   int64_t* argmax;
+  int threads;
+};
+
+struct TopArgs {
+  int64_t n, vocab, k;
+  Source s;
+  Matrix g;
+  const float* cotangent[2];  // of log_probs [n, k] and log_tail [n], or null
+  float *log_probs, *log_tail;
+  int64_t* ids;
   int threads;
 };
 
@@ -88,8 +121,10 @@ struct KLDivArgs {
 struct Kernels {
   const char* name;
   void (*divergence)(const DivergenceArgs&);
+  void (*sparse)(const SparseArgs&);
   void (*select)(const SelectArgs&);
   void (*stats)(const StatsArgs&);
+  void (*top)(const TopArgs&);
   void (*accumulate)(const AccumulateArgs&);
   void (*round_sum)(const AccumulateArgs&);  // acc [n] = the 24 bits of acc and low, rounded to bfloat16
   double (*kl_div_sum)(const KLDivArgs&);

@@ -4,14 +4,18 @@ from fastkd import divergences, nn, reference, targets, testing
 from fastkd.backends import use_backend
 from fastkd.kl import kl_div
 from fastkd.losses import kd_loss
-from fastkd.primitives import TokenStats, selected_log_probs, token_stats
-from fastkd.sources import Head, Labels
+from fastkd.primitives import TokenStats, TopTokens, selected_log_probs, token_stats, topk
+from fastkd.sources import Head, Labels, Mixture, Samples, TopK
 
 __version__ = "0.1.0"
 __all__ = [
     "Head",
     "Labels",
+    "Mixture",
+    "Samples",
     "TokenStats",
+    "TopK",
+    "TopTokens",
     "divergences",
     "kd_loss",
     "kl_div",
@@ -21,5 +25,6 @@ __all__ = [
     "targets",
     "testing",
     "token_stats",
+    "topk",
     "use_backend",
 ]

@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 
-from fastkd.problem import KD, KDTensors, Spec, Tensors
+from fastkd.problem import KD, KDTensors, Side, Sparse, Spec, Tensors
 
 _chosen: ContextVar[str | None] = ContextVar("fastkd_backend", default=None)
 
@@ -63,7 +63,7 @@ def _fused_why_not(spec: Spec, tensors: Tensors) -> str | None:
     if not isinstance(spec, KD):
         named = {"temperature": tensors[3]}
     else:
-        a = KDTensors.of(tensors)
+        a = KDTensors.of(spec, tensors)
         named = {
             "temperature": a.s_temperature,
             "teacher_temperature": a.t_temperature,
@@ -71,7 +71,9 @@ def _fused_why_not(spec: Spec, tensors: Tensors) -> str | None:
             "the divergence's weights": a.term_weights,
             **{f"the target's tensor {i}": x for i, x in enumerate(a.target)},
         }
-        if spec.target is not None and any(map(_learned, (a.t_x, a.t_w, a.t_b))):
+        if not isinstance(spec.teacher, Side) and any(map(_learned, a.teacher)):
+            return "a sparse teacher or a mixture requires grad, which only the definition differentiates: detach it"
+        if spec.target is not None and any(map(_learned, a.teacher)):
             return "a target transform passes no gradient to the teacher, and the teacher requires grad: detach it"
     for name, x in named.items():
         if _learned(x):
@@ -80,8 +82,13 @@ def _fused_why_not(spec: Spec, tensors: Tensors) -> str | None:
 
 
 def _cpu_why_not(spec: Spec, tensors: Tensors) -> str | None:
-    sources = [x for x in (KDTensors.of(tensors)[1:7] if isinstance(spec, KD) else tensors[:3]) if x is not None]
+    sources = tensors[:3]
+    if isinstance(spec, KD):
+        a = KDTensors.of(spec, tensors)
+        sources = (a.s_x, a.s_w, a.s_b, *(() if isinstance(spec.teacher, Sparse) else a.teacher))
     for x in sources:
+        if x is None:
+            continue
         if x.device.type not in ("cpu", "meta"):
             return f"its row ops run on the CPU, and the inputs are on {x.device}"
         if x.dtype == torch.float64:

@@ -11,7 +11,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastkd.problem import Side, accumulation
+from fastkd import sparse
+from fastkd.problem import KD, KDTensors, Mixed, Side, Sparse, Tensors, accumulation
 from fastkd.rows_torch import Sum
 
 CHUNK_LOGITS = 2**24  # of a source, where the number of tokens that gives lies in the range below
@@ -35,6 +36,10 @@ class Chunk:
         """x [B, N, ...] -> [n, ...], contiguous."""
         x = self.take(x)
         return (x.flatten(0, 1) if self.stop - self.start > 1 else x).contiguous()
+
+    def vectors(self, xs: Tensors) -> Tensors:
+        """Each of them that is there."""
+        return tuple(None if x is None else self.vector(x) for x in xs)
 
 
 def chunk_tokens(vocab: int) -> int:
@@ -73,7 +78,7 @@ class Dense:
         whole: bool = True,
     ) -> None:
         """``size``: tokens in a chunk at most; ``whole``: will every token be visited?"""
-        self.x, self.rows, self.is_head = x, rows, w is not None
+        self.side, self.x, self.rows, self.is_head = side, x, rows, w is not None
         self.w = None if w is None else w.to(side.compute_dtype)
         self.b = None if b is None else b.to(side.compute_dtype)
         self.dtype = x.dtype if w is None else side.compute_dtype
@@ -160,6 +165,38 @@ class Dense:
         db = None if self.db is None or self.db_dtype is None else self.db.to(self.db_dtype)
         dw = None if self.dw is None else self.dw.finish()
         return [t for t in (self.dx, dw, db) if t is not None]
+
+
+class Mixture:
+    """Several teachers at work as one; without gradients."""
+
+    def __init__(self, spec: KD, mixed: Mixed, a: KDTensors, rows: ModuleType) -> None:
+        self.vocab, self.temperature = spec.vocab, a.t_temperature
+        members, self.log_weights = mixed.split(a.teacher)
+        self.members: list[tuple[Sparse, Tensors] | Dense] = []
+        for member, own in members:
+            if isinstance(member, Side):
+                x, w, b = own
+                assert x is not None
+                self.members.append(Dense(member, x, w, b, (False,) * 3, rows, 0))
+            else:
+                self.members.append((member, own))
+
+    def logits(self, chunk: Chunk) -> Tensor:
+        """temperature * log sum_m w_m p_m [n, V]"""
+        temperature, mixed = chunk.vector(self.temperature), None
+        for member, weight in zip(self.members, self.log_weights):
+            log_p = self._log_p(member, chunk, temperature).add_(chunk.vector(weight).unsqueeze(-1))
+            mixed = log_p if mixed is None else torch.logaddexp(mixed, log_p, out=mixed)
+        assert mixed is not None
+        return mixed.mul_(temperature.unsqueeze(-1))
+
+    def _log_p(self, member: tuple[Sparse, Tensors] | Dense, chunk: Chunk, temperature: Tensor) -> Tensor:
+        if isinstance(member, Dense):
+            z = member.side.effective(member.logits(chunk), self.vocab)
+            return (z / temperature.unsqueeze(-1)).log_softmax(-1)
+        spec, own = member
+        return sparse.spread(sparse.listed(spec, chunk.vectors(own), temperature, self.vocab), self.vocab)
 
 
 class Accumulated:

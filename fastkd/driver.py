@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import backends, checks
-from fastkd.chunks import Chunk, Dense, chunk_tokens, chunks
-from fastkd.problem import KD, KDTensors, Select, Side, Spec, Stats, Tensors
+from fastkd import backends, checks, sparse
+from fastkd.chunks import Chunk, Dense, Mixture, chunk_tokens, chunks
+from fastkd.problem import KD, KDTensors, Mixed, Select, Side, Sparse, Spec, Stats, Tensors, Top
 from fastkd.rows_torch import Rows
 
 
@@ -30,72 +30,90 @@ def _live(factor: Tensor) -> Tensor | None:
 def _kd(
     spec: KD, flat: Tensors, cotangents: Sequence[Tensor], needs: Sequence[bool]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    a, rows = KDTensors.of(flat), _rows(spec)
+    a, rows = KDTensors.of(spec, flat), _rows(spec)
     seed = cotangents[0] if cotangents else None
     factor = a.factor if seed is None else a.factor * seed.to(a.factor.dtype)
     live = _live(factor)
-    listed = None if a.s_w is None and a.t_w is None else live  # of given logits the row op passes over ignored rows
     size = spec.chunk or chunk_tokens(spec.vocab)
-    student = Dense(spec.student, a.s_x, a.s_w, a.s_b, needs[1:4], rows, size, listed is None)
-    teacher = None
-    if spec.teacher is not None and a.t_x is not None:
-        teacher = Dense(spec.teacher, a.t_x, a.t_w, a.t_b, needs[4:7], rows, size, listed is None)
+    # of given logits the row op passes over ignored rows
+    visited = live if any(x.compute is not None for x in _sides(spec)) else None
+    student = Dense(spec.student, a.s_x, a.s_w, a.s_b, needs[1:4], rows, size, visited is None)
+    teacher: Dense | Mixture | None = None
+    if isinstance(spec.teacher, Side):
+        x, w, b = a.teacher
+        assert x is not None
+        teacher = Dense(spec.teacher, x, w, b, needs[4:7], rows, size, visited is None)
+    elif isinstance(spec.teacher, Mixed):
+        teacher = Mixture(spec, spec.teacher, a, rows)
     loss = torch.zeros(factor.shape, dtype=factor.dtype, device=factor.device)
     batch, tokens = factor.shape
-    for chunk in chunks(batch, tokens, size, listed):
-        s = student.logits(chunk)
-        t = None if teacher is None else teacher.logits(chunk)
+    for chunk in chunks(batch, tokens, size, visited):
         row = _rows_of(spec, a, factor, chunk)
-        part = _kd_chunk(spec, a, chunk, row, rows, (student, s), (teacher, t))
+        part = _kd_chunk(spec, a, chunk, row, rows, student, teacher)
         _put(loss, chunk, part.to(loss.dtype))
     # a factor of 0 leaves out what is infinite, too
     out = a.factor * loss if live is None else torch.where(a.factor == 0, 0.0, a.factor * loss)
     grads = [loss if seed is None else loss * seed] if needs[0] else []
-    grads += student.grads() + (teacher.grads() if teacher else [])
+    grads += student.grads() + (teacher.grads() if isinstance(teacher, Dense) else [])
     return [out.sum() if spec.total else out], grads
 
 
-def _kd_chunk(spec: KD, a: KDTensors, chunk: Chunk, row: Rows, rows: ModuleType, student: Any, teacher: Any) -> Tensor:
+def _sides(spec: KD) -> list[Side]:
+    """All that give logits."""
+    teachers = spec.teacher.members if isinstance(spec.teacher, Mixed) else (spec.teacher,)
+    return [x for x in (spec.student, *teachers) if isinstance(x, Side)]
+
+
+def _kd_chunk(
+    spec: KD, a: KDTensors, chunk: Chunk, row: Rows, rows: ModuleType, student: Dense, teacher: Dense | Mixture | None
+) -> Tensor:
     """The row op on one chunk, for the student's gradient and for the teacher's (the roles exchanged)."""
-    (source, s), (source_t, t) = student, teacher
-    raw_t, g_t = t, None if source_t is None else source_t.gradient(chunk, t)
+    s = student.logits(chunk)
+    g = student.gradient(chunk, s)
+    if teacher is None:
+        assert isinstance(spec.teacher, Sparse)
+        t = sparse.listed(spec.teacher, chunk.vectors(a.teacher), row.t_temperature, spec.vocab)
+        loss: Tensor = rows.sparse(s, t, g, row)
+        if g is not None:
+            student.fold(chunk, g)
+        return _not_below_zero(t.tail, row, loss)
+    z_t = raw_t = teacher.logits(chunk)
+    g_t = teacher.gradient(chunk, z_t) if isinstance(teacher, Dense) else None
     if spec.target is not None:
-        t = _transformed(spec, a, chunk, row, s, t)
+        z_t = _transformed(spec, a, chunk, row, s, z_t)
         row = replace(row, teacher=Side(), t_temperature=torch.ones_like(row.factor))
-    g = source.gradient(chunk, s)
     if g is s and g_t is not None:
         g = torch.empty_like(s)
-    loss = rows.divergence(s, t, g, row)
+    loss = rows.divergence(s, z_t, g, row)
     if g is not None:
-        source.fold(chunk, g)
+        student.fold(chunk, g)
     if g_t is not None:
         rows.divergence(raw_t, s, g_t, _exchanged(row))
-        source_t.fold(chunk, g_t)
+        teacher.fold(chunk, g_t)  # type: ignore[union-attr]
     return loss
 
 
-def _rows_of(spec: KD, a: KDTensors, factor: Tensor, chunk: Chunk) -> Rows:
-    def vector(x: Tensor | None) -> Tensor | None:
-        return None if x is None else chunk.vector(x)
+def _not_below_zero(tail: str, row: Rows, loss: Tensor) -> Tensor:
+    """A divergence of outcomes that sum to 1 is not negative; what is, is rounding."""
+    if tail == "drop" or row.labels is not None or not all(d.rows_nonnegative for d in row.divergences):
+        return loss
+    return torch.where((row.term_weights >= 0).all(0), loss.clamp(min=0), loss)
 
-    hard_temperature = None
-    if a.labels is not None:
-        hard_temperature = chunk.vector(a.s_temperature if spec.label_tempered else torch.ones_like(a.s_temperature))
-    weights = None if a.term_weights is None else torch.stack([chunk.vector(w) for w in a.term_weights])
+
+def _rows_of(spec: KD, a: KDTensors, factor: Tensor, chunk: Chunk) -> Rows:
+    labels, label_weight = chunk.vectors((a.labels, a.label_weight))
     return Rows(
         vocab=spec.vocab,
         student=spec.student,
-        teacher=spec.teacher or Side(),
+        teacher=spec.teacher if isinstance(spec.teacher, Side) else Side(),
         factor=chunk.vector(factor),
         s_temperature=chunk.vector(a.s_temperature),
         t_temperature=chunk.vector(a.t_temperature),
         divergences=spec.divergences,
-        term_weights=weights,
+        term_weights=torch.stack([chunk.vector(w) for w in a.term_weights]),
         normalized=spec.target_class is None or spec.target_class.normalized,
-        labels=vector(a.labels),
-        label_weight=vector(a.label_weight),
-        label_temperature=hard_temperature,
-        label_smoothing=spec.label_smoothing,
+        labels=labels,
+        label_weight=label_weight,
     )
 
 
@@ -110,7 +128,6 @@ def _exchanged(row: Rows) -> Rows:
         divergences=tuple(d.exchanged for d in row.divergences),
         labels=None,
         label_weight=None,
-        label_temperature=None,
     )
 
 
@@ -161,6 +178,20 @@ def _stats(spec: Stats, flat: Tensors, cotangents: Sequence[Tensor], needs: Sequ
     return out, _walk(spec, x, w, b, needs, row_op)
 
 
+def _top(spec: Top, flat: Tensors, cotangents: Sequence[Tensor], needs: Sequence[bool]) -> Any:
+    x, w, b, temperature = flat
+    assert x is not None and temperature is not None
+    out = outputs_like(spec, flat)
+
+    def row_op(rows: ModuleType, chunk: Chunk, s: Tensor, g: Tensor | None) -> None:
+        given = tuple(chunk.vector(c) for c in cotangents) or None
+        parts = rows.top(s, g, spec.student, spec.vocab, chunk.vector(temperature), spec.k, given)
+        for whole, part in zip(out, parts, strict=True):
+            _put(whole, chunk, part.to(whole.dtype))
+
+    return out, _walk(spec, x, w, b, needs, row_op)
+
+
 def _walk(
     spec: Any, x: Tensor, w: Tensor | None, b: Tensor | None, needs: Sequence[bool], row_op: Callable[..., None]
 ) -> list[Tensor]:
@@ -190,7 +221,7 @@ class Op:
     outputs: int
 
 
-OPS: dict[type, Op] = {KD: Op(_kd, 1), Select: Op(_select, 1), Stats: Op(_stats, 4)}
+OPS: dict[type, Op] = {KD: Op(_kd, 1), Select: Op(_select, 1), Stats: Op(_stats, 4), Top: Op(_top, 3)}
 
 
 def count(spec: Spec) -> int:
@@ -211,23 +242,41 @@ def run(spec: Spec, tensors: Tensors, cotangents: Sequence[Tensor], needs: Seque
 def outputs_like(spec: Spec, tensors: Tensors) -> list[Tensor]:
     """Empty tensors of the outputs' shapes and dtypes."""
     if isinstance(spec, KD):
-        factor = KDTensors.of(tensors).factor
+        factor = KDTensors.of(spec, tensors).factor
         return [factor.new_empty(()) if spec.total else factor.new_empty(factor.shape)]
     temperature = tensors[3]
     assert temperature is not None
+    shape = temperature.shape
     if isinstance(spec, Select):
         assert tensors[4] is not None
         return [temperature.new_empty(tensors[4].shape)]
-    shape = temperature.shape
+    if isinstance(spec, Top):
+        listed = (*shape, spec.k)
+        ids = temperature.new_empty(listed, dtype=torch.int64)
+        return [temperature.new_empty(listed), temperature.new_empty(shape), ids]
     return [*(temperature.new_empty(shape) for _ in range(3)), temperature.new_empty(shape, dtype=torch.int64)]
 
 
 def check_values(spec: Spec, tensors: Tensors) -> None:
     """What only a look at the values shows; devices other than the CPU are not made to wait for it."""
-    if isinstance(spec, KD):
-        indices, limit = KDTensors.of(tensors).labels, spec.vocab
-        name = "teacher.ids" if spec.teacher is None else "labels"
-    else:
-        indices, limit, name = (tensors[4] if isinstance(spec, Select) else None), spec.vocab, "ids"  # type: ignore[attr-defined]
-    if indices is not None and checks.readable(indices):
-        checks.all_values(name, f"in [0, {limit}) or ignore_index", indices, (indices >= 0) & (indices < limit))
+    if isinstance(spec, Select) and tensors[4] is not None:
+        _check_ids("ids", tensors[4], spec.vocab)
+    if not isinstance(spec, KD):
+        return
+    a = KDTensors.of(spec, tensors)
+    if a.labels is not None:
+        _check_ids("labels", a.labels, spec.vocab)
+    live = a.factor != 0
+    if isinstance(spec.teacher, Sparse):
+        sparse.check("teacher", spec.teacher, a.teacher, live, spec.vocab)
+    if isinstance(spec.teacher, Mixed):
+        members = spec.teacher.split(a.teacher)[0]
+        for m, (member, own) in enumerate(members):
+            name = f"teacher.teachers[{m}]" if len(members) > 1 else "teacher"
+            if isinstance(member, Sparse):
+                sparse.check(name, member, own, live, spec.vocab)
+
+
+def _check_ids(name: str, ids: Tensor, vocab: int) -> None:
+    if checks.readable(ids):
+        checks.all_values(name, f"in [0, {vocab}) or ignore_index", ids, (ids >= 0) & (ids < vocab))

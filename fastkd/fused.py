@@ -16,9 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastkd import backends, checks, driver, reference
-from fastkd.problem import KD, Select, Spec, Stats, Tensors
-
-SERVED = {KD: 7, Select: 3, Stats: 3}  # the row ops give gradients for the first so many tensors
+from fastkd.problem import KD, Side, Spec, Tensors
 
 _library = torch.library.Library("fastkd", "DEF")
 _library.define("fused(Tensor?[] tensors, Tensor[] cotangents, bool[] needs, str spec) -> Tensor[]")
@@ -76,11 +74,12 @@ def _made_in_forward(spec: Spec, tensors: Tensors) -> tuple[bool, ...]:
     none = (False,) * len(tensors)
     if not isinstance(spec, KD) or not spec.total or not torch.is_grad_enabled():
         return none
-    dtypes = {t.dtype for t in tensors if t is not None}
-    dtypes |= {side.compute_dtype for side in (spec.student, spec.teacher) if side is not None}
+    needs = tuple(t is not None and t.requires_grad for t in tensors)
+    dtypes = {t.dtype for t in _needed(tensors, needs)}
+    dtypes |= {side.compute_dtype for side in (spec.student, spec.teacher) if isinstance(side, Side)}
     if torch.float16 in dtypes or torch._C._are_functorch_transforms_active():
         return none
-    return tuple(t is not None and t.requires_grad for t in tensors)
+    return needs
 
 
 def _op(spec: Spec, tensors: Tensors, cotangents: Tensors, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
@@ -185,8 +184,10 @@ class Gradients(torch.autograd.Function):
 
 def _not_served(spec: Spec, needs: tuple[bool, ...]) -> bool:
     """Does a gradient lie outside what the row ops give (see backends.py)?"""
-    through_target = isinstance(spec, KD) and spec.target is not None and any(needs[4:7])
-    return through_target or any(needs[SERVED[type(spec)] :])
+    if not isinstance(spec, KD):
+        return any(needs[3:])
+    dense = isinstance(spec.teacher, Side) and spec.target is None
+    return any(needs[7 if dense else 4 :])
 
 
 def _is_one(g: Tensor | None) -> bool:

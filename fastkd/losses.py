@@ -13,19 +13,28 @@ from torch import Tensor
 from fastkd import checks, divergences
 from fastkd.divergences import Divergence
 from fastkd.fused import apply
-from fastkd.normal_form import DenseSource, PerToken, common_vocab
+from fastkd.normal_form import (
+    DenseSource,
+    MixedSource,
+    PerToken,
+    SparseSource,
+    TeacherSource,
+    common_vocab,
+    described,
+    teacher_source,
+)
 from fastkd.problem import KD, TENSOR, KDTensors
-from fastkd.sources import Head, Labels
+from fastkd.sources import Head, Labels, Mixture, Samples, TopK
 from fastkd.targets import Target
 
 __all__ = ["kd_loss"]
 
-Source = Tensor | Head
+Teacher = Tensor | Head | TopK | Samples | Labels | Mixture
 
 
 def kd_loss(
     student: Tensor | Head,
-    teacher: Tensor | Head | Labels,
+    teacher: Teacher,
     divergence: str | Divergence = "forward_kl",
     *,
     temperature: float | Tensor = 1.0,
@@ -52,24 +61,27 @@ def kd_loss(
 
     Args:
         student: logits [..., V] or a :class:`~fastkd.Head`.
-        teacher: logits, a Head (its hidden size may differ) or :class:`~fastkd.Labels`, with the student's leading
-            dimensions. Like any argument it receives gradients if it requires them: freeze or detach what should not.
-        divergence: a name or an object of :mod:`fastkd.divergences`; objects add and scale.
+        teacher: logits, a Head (its hidden size may differ), :class:`~fastkd.TopK`, :class:`~fastkd.Samples`,
+            :class:`~fastkd.Labels` or a :class:`~fastkd.Mixture` of them, with the student's leading dimensions. Like
+            any argument it receives gradients if it requires them: freeze or detach what should not.
+        divergence: a name or an object of :mod:`fastkd.divergences`; objects add and scale. Labels and Samples give a
+            cross-entropy, which "forward_kl" stands for.
         temperature: divides the logits of both; a float or [...] above 0.
-        teacher_temperature: the teacher's own; None means ``temperature``.
+        teacher_temperature: the teacher's own; None means ``temperature``. Log-probabilities that are stored at another
+            one are brought to it, or refused where that cannot be exact (see TopK); Labels and Samples have none.
         t_squared: multiply the divergence and its gradient by ``temperature ** 2`` (Hinton et al., 2015).
         weights: [...], a factor per token, bool or float. 0 leaves the token out altogether, NaNs in it too.
         labels: [...] int64 or int32. Adds cross-entropy at temperature 1 from the same logits:
             ``(1 - label_weight) * divergence + label_weight * F.cross_entropy(logits, labels)``.
         label_weight: a float or [...].
         ignore_index: a token with this label is left out altogether, as by weight 0.
-        target: transform of the teacher, see :mod:`fastkd.targets`.
+        target: transform of a teacher over the whole vocabulary, see :mod:`fastkd.targets`.
         reduction: "none" gives weights * loss per token, [...]; "sum" their sum; "mean" divides it by the sum of the
             weights (the number of tokens not ignored, without weights; 0 where nothing is left); "batchmean" divides it
             by the size of the first dimension (1 where there is none), as ``F.kl_div`` does.
         num_tokens: the divisor of "mean" instead of the sum of the weights: the count over all micro-batches or ranks.
-        vocab: vocabularies of different size: "error"; "truncate" to the smaller and renormalise; "pad" the smaller
-            with entries of probability 0.
+        vocab: vocabularies of different size: "error"; "truncate" to the smaller and renormalise (listed ids beyond the
+            student's are left out); "pad" the smaller with entries of probability 0 (dense teachers).
         chunk_tokens: tokens whose logits are alive at a time; None: by the size of the vocabulary.
         backend: "reference", "torch", "cpu"; None: the first that can serve (see ``fastkd doctor``).
 
@@ -94,8 +106,8 @@ def kd_loss(
 
 
 def _kd_loss(
-    student: Source,
-    teacher: Source | Labels,
+    student: Tensor | Head,
+    teacher: Teacher,
     divergence: str | Divergence,
     temperature: float | Tensor,
     teacher_temperature: float | Tensor | None,
@@ -112,42 +124,47 @@ def _kd_loss(
     backend: str | None,
 ) -> Tensor:
     _check_settings(reduction, vocab, chunk_tokens, num_tokens, target)
-    s = DenseSource("student", student)
-    t = None if isinstance(teacher, Labels) else DenseSource("teacher", teacher)
+    s, t = DenseSource("student", student), teacher_source("teacher", teacher)
     row = PerToken.of(s, t)
-    size_of_vocab = s.vocab if t is None else common_vocab(s, t, vocab)
+    size_of_vocab = common_vocab(s, t, vocab)
     s_temperature = t_temperature = row("temperature", temperature, above=0.0)
+    wanted = temperature if teacher_temperature is None else teacher_temperature
     if teacher_temperature is not None:
+        if isinstance(t, SparseSource) and not isinstance(t.source, TopK):
+            raise ValueError(f"teacher_temperature must be None for {described(t.source)}, got {teacher_temperature!r}")
         t_temperature = row("teacher_temperature", teacher_temperature, above=0.0)
     square = s_temperature.square() if t_squared else None
-    if isinstance(teacher, Labels):
-        compared = _with_labels(teacher, divergence, target, labels, label_weight, row, square)
-    else:
-        compared = _with_dense(divergence, target, labels, label_weight, row, square)
+    compared = _compared(t, divergence, target, labels, label_weight, row, square)
+    t = _spread(t, compared.terms, target, size_of_vocab)
 
-    ids, mask = compared.labels, None
+    ids, mask = compared.labels, _mask(t, compared.labels, ignore_index)
     if ids is not None:
-        ids = ids.reshape(row.size)
-        mask = ids != ignore_index
-        ids = ids.masked_fill(~mask, 0)
+        ids = ids.reshape(row.size).masked_fill(ids.reshape(row.size) == ignore_index, 0)
     target_name, target_fields, target_tensors = _target(target, row)
     spec = KD(
         backend="",
         chunk=chunk_tokens,
         student=s.side,
-        teacher=None if t is None else t.side,
+        teacher=t.spec(row, wanted, size_of_vocab, vocab),
         vocab=size_of_vocab,
         total=reduction != "none",
         terms=tuple((d.name, d.params) for d in compared.terms),
         target=target_name,
         target_fields=target_fields,
-        label_smoothing=compared.smoothing,
-        label_tempered=t is None,
     )
-    factor = _factor(row, weights, mask, reduction, num_tokens)
-    sources = *s.tensors(row), *((None, None, None) if t is None else t.tensors(row))
-    settings = s_temperature, t_temperature, compared.term_weights, ids, compared.label_weight
-    tensors = KDTensors._make((factor, *sources, *settings, target_tensors))
+    x, w, b = s.tensors(row, size_of_vocab)
+    assert x is not None
+    tensors = KDTensors(
+        _factor(row, weights, None if mask is None else mask.reshape(row.size), reduction, num_tokens),
+        *(x, w, b),
+        t.tensors(row, size_of_vocab),
+        s_temperature,
+        t_temperature,
+        compared.term_weights,
+        ids,
+        compared.label_weight,
+        target_tensors,
+    )
     (out,) = apply(spec, tensors.flat(), backend)
     return out if spec.total else out.reshape(row.lead)
 
@@ -166,14 +183,13 @@ class _Compared(NamedTuple):
     """What the student is held against, apart from the teacher's rows: divergences and labels with their weights."""
 
     terms: tuple[Divergence, ...]
-    term_weights: Tensor | None  # [K, B, N]
+    term_weights: Tensor  # [K, B, N]
     labels: Tensor | None  # [...]
     label_weight: Tensor | None  # [B, N]
-    smoothing: float
 
 
-def _with_labels(
-    teacher: Labels,
+def _compared(
+    t: TeacherSource,
     divergence: str | Divergence,
     target: Target | None,
     labels: Tensor | None,
@@ -181,30 +197,7 @@ def _with_labels(
     row: PerToken,
     square: Tensor | None,
 ) -> _Compared:
-    """A Labels teacher: cross-entropy alone."""
-    if labels is not None or isinstance(label_weight, Tensor) or label_weight != 0:
-        raise ValueError("labels and label_weight go with a dense teacher: a Labels teacher is labels already")
-    if divergences.get(divergence) != divergences.ForwardKL():
-        raise ValueError(f"a Labels teacher is compared by forward_kl (its cross-entropy), got {divergence!r}")
-    if target is not None:
-        raise ValueError(f"target transforms a dense teacher, got {type(target).__name__} with a Labels teacher")
-    smoothing = checks.finite_number("teacher.label_smoothing", teacher.label_smoothing)
-    if not 0 <= smoothing <= 1:
-        raise ValueError(f"teacher.label_smoothing must lie in [0, 1], got {smoothing}")
-    return _Compared(
-        (), None, row.ids("teacher.ids", teacher.ids), row("1", 1.0) if square is None else square, smoothing
-    )
-
-
-def _with_dense(
-    divergence: str | Divergence,
-    target: Target | None,
-    labels: Tensor | None,
-    label_weight: float | Tensor,
-    row: PerToken,
-    square: Tensor | None,
-) -> _Compared:
-    """A dense teacher: each divergence weighs its own weight times (1 - label_weight) times T^2."""
+    """Each divergence weighs its own weight times (1 - label_weight) times T^2."""
     hard = None
     if labels is not None:
         labels, hard = row.ids("labels", labels), row("label_weight", label_weight)
@@ -215,16 +208,70 @@ def _with_dense(
     for d in terms:
         if divergences.REGISTRY.get(d.name) is not type(d):
             raise TypeError(f"divergence {type(d).__name__} must be registered: decorate it with divergences.register")
-    if target is not None and not target.normalized:
-        if any(d != divergences.ForwardKL() for d in terms):
-            raise ValueError(
-                f"{type(target).__name__} gives weights, which forward_kl alone allows, got {divergence!r}"
-            )
+    estimate = _only_cross_entropy(t, target, labels)
+    if estimate is not None:
+        if any(d not in CROSS_ENTROPIES for d in terms):
+            raise ValueError(f"{estimate}, which forward_kl alone allows, got {divergence!r}")
         terms, weights = (divergences.CrossEntropy(),), [sum(weights[1:], start=weights[0])]
     common = [x for x in (None if hard is None else 1 - hard, square) if x is not None]
     weights = [math.prod(common, start=w) for w in weights]
     stacked = torch.stack(weights) if len(weights) > 1 or common else weights[0].unsqueeze(0)
-    return _Compared(terms, stacked, labels, hard, 0.0)
+    return _Compared(terms, stacked, labels, hard)
+
+
+CROSS_ENTROPIES = (divergences.ForwardKL(), divergences.CrossEntropy())
+
+
+def _only_cross_entropy(t: TeacherSource, target: Target | None, labels: Tensor | None) -> str | None:
+    """Why the comparison is by cross-entropy, in the first half of a sentence; None: by any divergence."""
+    source = t.source if isinstance(t, SparseSource) else None
+    if isinstance(source, Labels):
+        if labels is not None:
+            raise ValueError("labels and label_weight go with another teacher: a Labels teacher is labels already")
+        return "a Labels teacher is compared by its cross-entropy"
+    if isinstance(source, Samples):
+        return "a Samples teacher estimates the cross-entropy"
+    if target is not None and not target.normalized:
+        return f"{type(target).__name__} gives weights"
+    return None
+
+
+def _spread(t: TeacherSource, terms: tuple[Divergence, ...], target: Target | None, vocab: int) -> TeacherSource:
+    """A sparse teacher as a row over the vocabulary, a chunk at a time, where its K entries do not say it all."""
+    if not isinstance(t, SparseSource):
+        return t
+    even = isinstance(t.source, TopK) and t.source.tail == "uniform"
+    if target is not None:
+        if not isinstance(t.source, TopK) or not t.sums_to_one:
+            raise ValueError(
+                "target transforms a teacher over the whole vocabulary: logits, a Head, a Mixture or a TopK with the "
+                f"tail 'renormalize' or 'uniform', got {type(target).__name__} with {described(t.source)}"
+            )
+    elif not even or all(d in CROSS_ENTROPIES for d in terms):
+        _check_support(t, terms, vocab)
+        return t
+    return MixedSource(t.name, Mixture((t.source,)))
+
+
+def _check_support(t: SparseSource, terms: tuple[Divergence, ...], vocab: int) -> None:
+    """Divergences that are infinite where the teacher has nothing and the student something."""
+    if not isinstance(t.source, TopK) or t.source.tail != "renormalize" or t.ids.shape[-1] >= vocab:
+        return
+    nothing, something = torch.tensor([-math.inf]), torch.tensor([-1.0])
+    for d in terms:
+        if bool(d.phi(nothing, something).isinf()):
+            raise ValueError(
+                f"divergence {d.name!r} is infinite where the teacher has no mass, so tail='renormalize' gives "
+                "infinity: use 'bucket', 'renormalize_both' or 'uniform'"
+            )
+
+
+def _mask(t: TeacherSource, labels: Tensor | None, ignore_index: int) -> Tensor | None:
+    """[...] False where a label, in any place, is ignore_index; None for all tokens."""
+    sources = t.members if isinstance(t, MixedSource) else [t]
+    ids = [x.ids for x in sources if isinstance(x, SparseSource) and isinstance(x.source, Labels)]
+    masks = [x != ignore_index for x in (labels, *ids) if x is not None]
+    return torch.stack(masks).all(0) if len(masks) > 1 else masks[0] if masks else None
 
 
 def _factor(

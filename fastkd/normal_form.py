@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastkd import checks
-from fastkd.problem import Side, accumulation
-from fastkd.sources import Head
+from fastkd.problem import Mixed, Side, Sparse, Tensors
+from fastkd.sources import TAILS, Head, Labels, Mixture, Samples, TopK
+from fastkd.sparse import RENORMALIZED
 
 
 class DenseSource:
@@ -32,9 +33,11 @@ class DenseSource:
                 )
             self.side, self.vocab = Side(), int(source.shape[-1])  # a constant for torch.compile
         else:
-            expected = "logits or a Head" if name == "student" else "logits, a Head or Labels"
+            expected = "logits or a Head"
+            if name.startswith("teacher"):
+                expected = "logits, a Head, TopK, Samples, Labels or a Mixture"
             raise TypeError(f"{name} must be {expected}, got {type(source).__name__}")
-        self.lead = tuple(self.x.shape[:-1])
+        self.lead, self.device, self.dense = tuple(self.x.shape[:-1]), self.x.device, (self,)
 
     def _head(self, name: str, head: Head) -> None:
         x, w = checks.is_float(f"{name}.hidden", head.hidden), checks.is_float(f"{name}.weight", head.weight)
@@ -84,7 +87,10 @@ class DenseSource:
             self.b = None if self.b is None else self.b[..., :vocab]
         self.vocab = vocab
 
-    def tensors(self, row: PerToken) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def spec(self, row: PerToken, wanted: Any, vocab: int, how: str) -> Side:
+        return self.side
+
+    def tensors(self, row: PerToken, vocab: int) -> Tensors:
         """x [B, N, D or V], weight [B or 1, V, D], bias [B or 1, V]"""
         heads = row.size[0] if self.batch else 1
         w = None if self.w is None else self.w.reshape(heads, *self.w.shape[-2:])
@@ -92,20 +98,195 @@ class DenseSource:
         return self.x.reshape(*row.size, self.x.shape[-1]), w, b
 
 
-def common_vocab(s: DenseSource, t: DenseSource, vocab: str) -> int:
+SPARSE = (TopK, Samples, Labels)
+
+
+class SparseSource:
+    """A TopK, Samples or Labels, checked. Labels are a TopK of one entry, with their smoothing as an even tail."""
+
+    batch = False
+    dense: tuple[DenseSource, ...] = ()
+
+    def __init__(self, name: str, source: TopK | Samples | Labels) -> None:
+        self.name, self.source = name, source
+        self.ids = checks.is_index(f"{name}.ids", source.ids)
+        self.device = self.ids.device
+        if isinstance(source, Labels):
+            self.lead = tuple(self.ids.shape)
+            smoothing = checks.finite_number(f"{name}.label_smoothing", source.label_smoothing)
+            if not 0 <= smoothing <= 1:
+                raise ValueError(f"{name}.label_smoothing must lie in [0, 1], got {smoothing}")
+            return
+        self.values_name = f"{name}.log_probs" if isinstance(source, TopK) else f"{name}.weights"
+        values = source.log_probs if isinstance(source, TopK) else source.weights
+        self.values, self.lead = checks.is_float(self.values_name, values), tuple(self.ids.shape[:-1])
+        if self.ids.dim() < 1:
+            raise ValueError(f"{name}.ids must be [..., K], got a tensor without dimensions")
+        checks.has_shape(self.values_name, self.values, tuple(self.ids.shape), f" like {name}.ids")
+        checks.same_device(**{f"{name}.ids": self.ids, self.values_name: self.values})
+        if isinstance(source, TopK):
+            self._top_k(name, source)
+        elif not isinstance(source.normalize, bool):
+            raise TypeError(f"{name}.normalize must be a bool, got {type(source.normalize).__name__}")
+
+    def _top_k(self, name: str, source: TopK) -> None:
+        checks.is_one_of(f"{name}.tail", source.tail, TAILS)
+        checks.finite_number(f"{name}.temperature", source.temperature, above=0.0)
+        if source.log_tail is not None:
+            tail = checks.is_float(f"{name}.log_tail", source.log_tail)
+            checks.has_shape(f"{name}.log_tail", tail, self.lead, f" like {name}.ids without K")
+            checks.same_device(**{f"{name}.ids": self.ids, f"{name}.log_tail": tail})
+
+    @property
+    def sums_to_one(self) -> bool:
+        """Is it a distribution over the vocabulary, as a mixture and a target transform need it?"""
+        if isinstance(self.source, TopK):
+            return self.source.tail in ("renormalize", "uniform")
+        return isinstance(self.source, Labels) or self.source.normalize
+
+    def spec(self, row: PerToken, wanted: Any, vocab: int, how: str) -> Sparse:
+        """``wanted`` is the teacher's temperature, ``how`` the argument vocab."""
+        source = self.source
+        if isinstance(source, Labels):
+            return Sparse("uniform" if source.label_smoothing else "renormalize", padded=False)
+        if isinstance(source, Samples):
+            return Sparse("drop", repeats=True)
+        if how == "pad":
+            raise ValueError(
+                f"vocab must be 'error' or 'truncate' for {self.name}, which has no vocabulary of its own, got 'pad'"
+            )
+        if self.ids.shape[-1] > vocab and how != "truncate":
+            raise ValueError(
+                f"{self.name}.ids must list at most the {vocab} entries of the student's vocabulary in a row, "
+                f"got K = {self.ids.shape[-1]}"
+            )
+        if source.tail in RENORMALIZED:
+            return Sparse(source.tail, float(source.temperature), how == "truncate")
+        if isinstance(wanted, Tensor) or wanted != source.temperature:
+            came = f"a tensor {list(wanted.shape)}" if isinstance(wanted, Tensor) else wanted
+            raise ValueError(
+                f"the teacher's temperature must be {self.name}.temperature = {source.temperature} with "
+                f"tail={source.tail!r}, got {came}: what is not listed cannot be brought to another temperature; "
+                "pass teacher_temperature, or use a renormalized tail"
+            )
+        return Sparse(source.tail, None, how == "truncate")
+
+    def tensors(self, row: PerToken, vocab: int) -> Tensors:
+        """ids [B, N, K], log_probs [B, N, K], log_tail [B, N] or None"""
+        source, k = self.source, (1 if isinstance(self.source, Labels) else self.ids.shape[-1])
+        ids = self.ids.reshape(*row.size, k)
+        if isinstance(source, Labels):
+            return ids, *self._smoothed(source.label_smoothing, row, vocab)
+        if isinstance(source, TopK):
+            tail = source.log_tail
+            return ids, self.values.reshape(ids.shape), None if tail is None else tail.reshape(row.size)
+        values = self.values
+        if checks.readable(values):
+            checks.all_values(self.values_name, "not negative", values, (values >= 0) | values.isnan() | (self.ids < 0))
+        weights = values.to(row.dtype).masked_fill(self.ids < 0, 0.0)
+        if source.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return ids, weights.log().reshape(ids.shape), None
+
+    @staticmethod
+    def _smoothed(smoothing: float, row: PerToken, vocab: int) -> tuple[Tensor, Tensor | None]:
+        """The label has 1 - smoothing and its share of the rest, the others have theirs."""
+        others = smoothing * (vocab - 1) / vocab
+        label = torch.full((), math.log1p(-others), dtype=row.dtype, device=row.device).expand(*row.size, 1)
+        if not smoothing:
+            return label, None
+        tail = math.log(others) if others else -math.inf
+        return label, torch.full((), tail, dtype=row.dtype, device=row.device).expand(row.size)
+
+
+class MixedSource:
+    """A Mixture, or a sparse teacher that is to be spread over the vocabulary: a mixture of one."""
+
+    def __init__(self, name: str, source: Mixture) -> None:
+        self.name, self.source = name, source
+        if not isinstance(source.teachers, (list, tuple)) or not source.teachers:
+            raise ValueError(f"{name}.teachers must be a list of at least one teacher, got {source.teachers!r}")
+        self.members = [_member(f"{name}.teachers[{m}]", x) for m, x in enumerate(source.teachers)]
+        first = self.members[0]
+        for member in self.members:
+            if isinstance(member, SparseSource) and not member.sums_to_one:
+                raise ValueError(
+                    f"{member.name} must be a distribution over the vocabulary: a TopK with the tail 'renormalize' or "
+                    f"'uniform', or Samples with normalize=True, got {described(member.source)}"
+                )
+            if member.lead != first.lead:
+                raise ValueError(
+                    f"{first.name} and {member.name} must have the same leading dimensions, "
+                    f"got {list(first.lead)} and {list(member.lead)}"
+                )
+        checks.same_device(**{member.name: torch.empty(0, device=member.device) for member in self.members})
+        self.lead, self.device = first.lead, first.device
+        self.batch = any(member.batch for member in self.members)
+        self.dense = tuple(x for member in self.members for x in member.dense)
+
+    def spec(self, row: PerToken, wanted: Any, vocab: int, how: str) -> Mixed:
+        how = "error" if how == "pad" and self.dense else how  # the dense members have a vocabulary
+        members = tuple(member.spec(row, wanted, vocab, how) for member in self.members)
+        return Mixed(members)
+
+    def tensors(self, row: PerToken, vocab: int) -> Tensors:
+        """Those of the members, then log w [M, B, N]."""
+        return *(x for member in self.members for x in member.tensors(row, vocab)), self._log_weights(row)
+
+    def _log_weights(self, row: PerToken) -> Tensor:
+        name, given, m = f"{self.name}.weights", self.source.weights, len(self.members)
+        if given is None:
+            given = (1.0,) * m
+        if not isinstance(given, Tensor):
+            given = torch.tensor([checks.finite_number(name, w) for w in given], dtype=row.dtype, device=row.device)
+        row.check_device(name, given)
+        if given.dim() == 0 or given.shape[-1] != m or given.shape[:-1] not in ((), row.lead):
+            raise ValueError(f"{name} must be [{m}] or {[*row.lead, m]}, got {list(given.shape)}")
+        if checks.readable(given):
+            checks.all_values(name, "finite and not negative", given, (given >= 0) & given.isfinite())
+            checks.all_values(name, "not all 0", given.sum(-1), given.sum(-1) > 0)
+        w = given.to(row.dtype).expand(*row.lead, m).reshape(*row.size, m)
+        return (w.log() - w.sum(-1, keepdim=True).log()).movedim(-1, 0)
+
+
+def _member(name: str, source: Any) -> DenseSource | SparseSource:
+    if isinstance(source, Mixture):
+        raise TypeError(f"{name} must be no Mixture itself: give its teachers here")
+    return SparseSource(name, source) if isinstance(source, SPARSE) else DenseSource(name, source)
+
+
+def described(source: Any) -> str:
+    """A source in an error."""
+    if isinstance(source, TopK):
+        return f"TopK with tail={source.tail!r}"
+    return f"{type(source).__name__} with normalize=False" if isinstance(source, Samples) else type(source).__name__
+
+
+TeacherSource = DenseSource | SparseSource | MixedSource
+
+
+def teacher_source(name: str, source: Any) -> TeacherSource:
+    """Any source of a teacher, checked."""
+    if isinstance(source, Mixture):
+        return MixedSource(name, source)
+    return _member(name, source)
+
+
+def common_vocab(s: DenseSource, t: TeacherSource, vocab: str) -> int:
     """The size of the vocabulary on which both are compared."""
-    checks.same_device(student=s.x, teacher=t.x)
-    if s.vocab != t.vocab:
+    checks.same_device(student=s.x, teacher=torch.empty(0, device=t.device))
+    sizes = [s.vocab, *(x.vocab for x in t.dense)]
+    if len(set(sizes)) > 1:
         if vocab == "error":
             raise ValueError(
-                f"student and teacher must have the same vocabulary, got {s.vocab} and {t.vocab}; "
+                f"student and teacher must have the same vocabulary, got {' and '.join(map(str, sizes))}; "
                 'vocab="truncate" or vocab="pad" says how to treat the difference'
             )
         if vocab == "truncate":
-            smaller = min(s.vocab, t.vocab)
-            s.truncate(smaller)
-            t.truncate(smaller)
-    return max(s.vocab, t.vocab)
+            for source in (s, *t.dense):
+                source.truncate(min(sizes))
+            return min(sizes)
+    return max(sizes)
 
 
 @dataclass(frozen=True)
@@ -119,16 +300,17 @@ class PerToken:
     owner: str  # whose device and leading dimensions these are
 
     @classmethod
-    def of(cls, s: DenseSource, t: DenseSource | None = None) -> PerToken:
+    def of(cls, s: DenseSource, t: TeacherSource | None = None) -> PerToken:
         """For a student and a teacher with the same leading dimensions."""
         if t is not None and t.lead != s.lead:
             raise ValueError(
-                f"{s.name} and {t.name} must have the same leading dimensions, got {list(s.lead)} and {list(t.lead)}"
+                f"{s.name} and {t.name}{'.ids' if isinstance(t, SparseSource) else ''} must have the same leading "
+                f"dimensions, got {list(s.lead)} and {list(t.lead)}"
             )
         batch = s.batch or (t is not None and t.batch)
         size = (math.prod(s.lead[:-1]), s.lead[-1]) if batch else (1, math.prod(s.lead))
-        dtypes = [accumulation(x.x.dtype) for x in (s, t) if x is not None]
-        return cls(s.lead, size, torch.promote_types(dtypes[0], dtypes[-1]), s.x.device, s.name)
+        wide = any(x.x.dtype == torch.float64 for x in (s, *(() if t is None else t.dense)))
+        return cls(s.lead, size, torch.float64 if wide else torch.float32, s.device, s.name)
 
     def __call__(self, name: str, value: Any, *, above: float = -math.inf) -> Tensor:
         tiny = torch.finfo(self.dtype).tiny

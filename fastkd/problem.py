@@ -7,9 +7,9 @@ library op serves eager mode, torch.func and torch.compile.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from fastkd.divergences import Divergence
 from fastkd.targets import Target
 
 Tensors = tuple[Tensor | None, ...]
+CLASS = "class"  # the key of a class's name in the text
 TENSOR = "<tensor>"  # in the place of a target's field that travels among the tensors
 
 
@@ -29,6 +30,8 @@ class Side:
     softcap: float | None = None
     logit_scale: float = 1.0
     compute: str | None = None  # dtype of the GEMMs, None for logits
+
+    tensors: ClassVar[int] = 3  # x [B, N, D] or logits [B, N, V], weight [B or 1, V, D], bias [B or 1, V]
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -47,6 +50,39 @@ class Side:
         return self.logit_scale if self.softcap is None else self.logit_scale * (1 - (z / self.softcap).square())
 
 
+@dataclass(frozen=True)
+class Sparse:
+    """A teacher that is known on listed entries. Tensors: ids [B, N, K], log_probs [B, N, K], log_tail [B, N]."""
+
+    tail: str
+    stored: float | None = None  # the temperature of log_probs that are brought to the teacher's; None: they stay
+    truncate: bool = False  # are ids beyond the vocabulary left out
+    repeats: bool = False  # may an id stand twice
+    padded: bool = True  # may an id be -1
+
+    tensors: ClassVar[int] = 3
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """sum_m w_m p_m. Tensors: those of the members, then the logarithms of the weights [M, B, N]."""
+
+    members: tuple[Side | Sparse, ...]
+
+    @property
+    def tensors(self) -> int:
+        return sum(member.tensors for member in self.members) + 1
+
+    def split(self, tensors: Tensors) -> tuple[list[tuple[Side | Sparse, Tensors]], Tensor]:
+        """Each member with its tensors; and the weights."""
+        queue = iter(tensors[:-1])
+        assert tensors[-1] is not None
+        return [(m, tuple(next(queue) for _ in range(m.tensors))) for m in self.members], tensors[-1]
+
+
+Teacher = Side | Sparse | Mixed
+
+
 def accumulation(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -59,23 +95,30 @@ class KDTensors(NamedTuple):
     s_x: Tensor  # [B, N, D] hidden, or [B, N, V] logits
     s_w: Tensor | None  # [B or 1, V, D]
     s_b: Tensor | None  # [B or 1, V]
-    t_x: Tensor | None
-    t_w: Tensor | None
-    t_b: Tensor | None
+    teacher: Tensors  # see Side, Sparse, Mixed
     s_temperature: Tensor  # [B, N]
     t_temperature: Tensor  # [B, N]
-    term_weights: Tensor | None  # [K, B, N] one for each divergence
+    term_weights: Tensor  # [K, B, N] one for each divergence
     labels: Tensor | None  # [B, N]
     label_weight: Tensor | None  # [B, N]
     target: tuple[Tensor, ...] = ()  # the tensor fields of the target transform, each [B, N]
 
     def flat(self) -> Tensors:
-        return (*self[:-1], *self.target)
+        flat: list[Tensor | None] = []
+        for x in self:
+            flat += x if isinstance(x, tuple) else (x,)
+        return tuple(flat)
 
     @classmethod
-    def of(cls, flat: Tensors) -> KDTensors:
-        n = len(cls._fields) - 1
-        return cls._make((*flat[:n], tuple(flat[n:])))
+    def of(cls, spec: KD, flat: Tensors) -> KDTensors:
+        n = spec.teacher.tensors
+        head, teacher, rest = flat[:TEACHER], flat[TEACHER : TEACHER + n], flat[TEACHER + n :]
+        settings = len(cls._fields) - TEACHER - 2
+        target = tuple(x for x in rest[settings:] if x is not None)
+        return cls._make((*head, tuple(teacher), *rest[:settings], target))
+
+
+TEACHER = KDTensors._fields.index("teacher")
 
 
 @dataclass(frozen=True)
@@ -85,40 +128,37 @@ class Spec:
     backend: str
     chunk: int | None
 
-    REGISTRY: ClassVar[dict[str, type[Spec]]] = {}
-
-    def __init_subclass__(cls) -> None:
-        Spec.REGISTRY[cls.__name__] = cls
-
     @lru_cache(maxsize=1024)  # noqa: B019 - a few settings, which live as long as the program
     def encode(self) -> str:
-        return json.dumps([type(self).__name__, asdict(self)])
+        return json.dumps(self, default=lambda x: {CLASS: type(x).__name__, **vars(x)})
 
     @staticmethod
     @lru_cache(maxsize=1024)
     def decode(text: str) -> Spec:
-        name, kwargs = json.loads(text)
-        for side in ("student", "teacher"):
-            if kwargs.get(side) is not None:
-                kwargs[side] = Side(**kwargs[side])
-        if "terms" in kwargs:
-            kwargs["terms"] = tuple((n, tuple(p)) for n, p in kwargs["terms"])
-        return Spec.REGISTRY[name](**kwargs)
+        spec: Spec = json.loads(text, object_hook=_built)
+        return spec
+
+
+def _built(x: dict[str, Any]) -> Any:
+    """The settings of one class."""
+    return CLASSES[x.pop(CLASS)](**{name: _tupled(value) for name, value in x.items()})
+
+
+def _tupled(x: Any) -> Any:
+    return tuple(map(_tupled, x)) if isinstance(x, list) else x
 
 
 @dataclass(frozen=True)
 class KD(Spec):
-    """A student against a dense teacher, against labels, or both. Tensors: :class:`KDTensors`."""
+    """A student against a teacher, with labels or without. Tensors: :class:`KDTensors`."""
 
     student: Side
-    teacher: Side | None  # None: labels alone
+    teacher: Teacher
     vocab: int
     total: bool  # one scalar, or one loss per token
     terms: tuple[tuple[str, tuple[float, ...]], ...] = ()  # (name, parameters) of each divergence
     target: str | None = None
     target_fields: str = "{}"  # as JSON; TENSOR for a tensor
-    label_smoothing: float = 0.0
-    label_tempered: bool = False  # are the labels compared at the temperature (Labels) or at 1 (labels=)
 
     @property
     def divergences(self) -> tuple[Divergence, ...]:
@@ -151,3 +191,15 @@ class Stats(Spec):
 
     student: Side
     vocab: int
+
+
+@dataclass(frozen=True)
+class Top(Spec):
+    """The k likeliest entries of each row. Tensors: x, w, b, temperature [B, N]."""
+
+    student: Side
+    vocab: int
+    k: int
+
+
+CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (Side, Sparse, Mixed, KD, Select, Stats, Top)}

@@ -14,6 +14,7 @@ from fastkd import rows_torch
 from fastkd.backends import extension
 from fastkd.problem import Side
 from fastkd.rows_torch import Rows
+from fastkd.sparse import Listed
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NOTHING = (0, 0, 0, 0)
@@ -40,11 +41,11 @@ def _floats(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(torch.float32).contiguous()
 
 
-def _ids(x: Tensor, vocab: int) -> Tensor:
+def _ids(x: Tensor, vocab: int, lowest: int = 0) -> Tensor:
     """Indices that are safe to follow: the C++ code does not look."""
     x = x.to(torch.int64).contiguous()
-    if x.numel() and not (x.min() >= 0 and x.max() < vocab):
-        raise IndexError(f"ids must be in [0, {vocab}), got {x.min().item()} to {x.max().item()}")
+    if x.numel() and not (x.min() >= lowest and x.max() < vocab):
+        raise IndexError(f"ids must be in [{lowest}, {vocab}), got {x.min().item()} to {x.max().item()}")
     return x
 
 
@@ -52,31 +53,49 @@ def _at(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def divergence(s: Tensor, t: Tensor | None, g: Tensor | None, a: Rows) -> Tensor:
-    """s [n, V_s], t [n, V_t] raw -> loss [n]; writes factor * dloss/ds into g [n, V_s], which may be s itself."""
-    loss = torch.empty(s.shape[0], dtype=torch.float32, device="cpu")
-    factor, ts, tt, weights = map(_floats, (a.factor, a.s_temperature, a.t_temperature, a.term_weights))
-    label_weight, label_temperature = _floats(a.label_weight), _floats(a.label_temperature)
-    labels = None if a.labels is None else _ids(a.labels, a.vocab)
+def _source(x: Tensor, side: Side, temperature: Tensor | None) -> tuple[Any, ...]:
+    return _matrix(x), side.logit_scale, side.softcap or 0.0, _at(temperature)
+
+
+def _terms(a: Rows, weights: Tensor) -> list[tuple[int, float, float, int]]:
+    """kind, parameters and weights [n] of each divergence"""
     terms = []
-    for d, w in zip(a.divergences, () if weights is None else weights, strict=True):
+    for d, w in zip(a.divergences, weights, strict=True):
         p = (*d.params, 0.0, 0.0)
         terms.append((kinds()[d.name], p[0], p[1], w.data_ptr()))
+    return terms
+
+
+def divergence(s: Tensor, t: Tensor, g: Tensor | None, a: Rows) -> Tensor:
+    """s [n, V_s], t [n, V_t] raw -> loss [n]; writes factor * dloss/ds into g [n, V_s], which may be s itself."""
+    loss = torch.empty(s.shape[0], dtype=torch.float32, device="cpu")
+    factor, ts, tt, weights, label_weight = map(
+        _floats, (a.factor, a.s_temperature, a.t_temperature, a.term_weights, a.label_weight)
+    )
+    labels = None if a.labels is None else _ids(a.labels, a.vocab)
+    assert weights is not None
     _kernels().divergence(
-        s.shape[0],
-        a.vocab,
-        (_matrix(s), a.student.logit_scale, a.student.softcap or 0.0, _at(ts)),
-        (_matrix(t), a.teacher.logit_scale, a.teacher.softcap or 0.0, _at(tt)),
-        _matrix(g),
-        _at(factor),
-        terms,
-        a.normalized,
-        _at(labels),
-        _at(label_weight),
-        _at(label_temperature),
-        a.label_smoothing,
-        loss.data_ptr(),
-        torch.get_num_threads(),
+        *(s.shape[0], a.vocab, _source(s, a.student, ts), _source(t, a.teacher, tt), _matrix(g), _at(factor)),
+        *(_terms(a, weights), a.normalized, _at(labels), _at(label_weight), loss.data_ptr(), torch.get_num_threads()),
+    )
+    return loss
+
+
+RESTS = {"bucket": 0, "renormalize": 0, "drop": 1, "renormalize_both": 2, "uniform": 3}  # enum Rest of csrc/rows.h
+
+
+def sparse(s: Tensor, t: Listed, g: Tensor | None, a: Rows) -> Tensor:
+    """s [n, V_s] raw, a teacher's outcomes -> loss [n]; writes factor * dloss/ds into g [n, V_s], perhaps s itself."""
+    loss = torch.empty(s.shape[0], dtype=torch.float32, device="cpu")
+    factor, ts, weights, label_weight = map(_floats, (a.factor, a.s_temperature, a.term_weights, a.label_weight))
+    log_p, log_rest = _floats(t.log_p), _floats(t.log_rest)
+    labels = None if a.labels is None else _ids(a.labels, a.vocab)
+    ids = _ids(t.ids, a.vocab, lowest=-1)
+    assert weights is not None
+    _kernels().sparse(
+        *(s.shape[0], a.vocab, ids.shape[1], _source(s, a.student, ts), _matrix(g), _at(factor)),
+        *(_at(ids), _at(log_p), _at(log_rest), RESTS[t.tail], _terms(a, weights), _at(labels), _at(label_weight)),
+        *(loss.data_ptr(), torch.get_num_threads()),
     )
     return loss
 
@@ -87,19 +106,9 @@ def select(
     """log q at ids [n, K]; with cotangents [n, K] the gradient into g [n, V]."""
     out = torch.empty(ids.shape, dtype=torch.float32, device="cpu")
     ids, t, c = _ids(ids, vocab), _floats(temperature), _floats(cotangent)
-    source = (_matrix(s), side.logit_scale, side.softcap or 0.0, _at(t))
     _kernels().select(
-        *(
-            s.shape[0],
-            vocab,
-            ids.shape[1],
-            source,
-            _matrix(g),
-            _at(ids),
-            _at(c),
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
+        *(s.shape[0], vocab, ids.shape[1], _source(s, side, t), _matrix(g), _at(ids), _at(c), out.data_ptr()),
+        torch.get_num_threads(),
     )
     return out
 
@@ -115,7 +124,7 @@ def stats(
     _kernels().stats(
         n,
         vocab,
-        (_matrix(s), side.logit_scale, side.softcap or 0.0, _at(t)),
+        _source(s, side, t),
         _matrix(g),
         tuple(map(_at, given)),
         tuple(map(_at, out)),
@@ -123,6 +132,28 @@ def stats(
         torch.get_num_threads(),
     )
     return out[0], out[1], out[2], argmax
+
+
+def top(
+    s: Tensor,
+    g: Tensor | None,
+    side: Side,
+    vocab: int,
+    temperature: Tensor,
+    k: int,
+    cotangents: tuple[Tensor, ...] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of the k likeliest entries [n, k], likeliest first, of equals the lower id; the log of all
+    others' mass [n]; the ids [n, k]. With cotangents of the first two the gradient into g [n, V]."""
+    n = s.shape[0]
+    log_probs, log_tail = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in ((n, k), (n,)))
+    ids = torch.empty(n, k, dtype=torch.int64, device="cpu")
+    t, (d_log_probs, d_log_tail) = _floats(temperature), map(_floats, cotangents or (None, None))
+    _kernels().top(
+        *(n, vocab, k, _source(s, side, t), _matrix(g), _at(d_log_probs), _at(d_log_tail)),
+        *(_at(log_probs), _at(log_tail), _at(ids), torch.get_num_threads()),
+    )
+    return log_probs, log_tail, ids
 
 
 class Sum(rows_torch.Sum):

@@ -35,3 +35,4 @@ def _opaque(function: Callable[..., Any]) -> Callable[..., Any]:
 kd_loss = _opaque(losses._kd_loss)
 token_stats = _opaque(primitives._token_stats)
 selected_log_probs = _opaque(primitives._selected_log_probs)
+topk = _opaque(primitives._topk)
