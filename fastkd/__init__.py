@@ -1,6 +1,6 @@
 """fastkd: distillation losses without ever materialising the logits."""
 
-from fastkd import divergences, nn, reference, targets, testing
+from fastkd import divergences, estimators, nn, reference, targets, testing
 from fastkd.backends import use_backend
 from fastkd.kl import kl_div
 from fastkd.losses import kd_loss
@@ -17,6 +17,7 @@ __all__ = [
     "TopK",
     "TopTokens",
     "divergences",
+    "estimators",
     "kd_loss",
     "kl_div",
     "nn",

@@ -20,7 +20,7 @@ from fastkd import divergences, kl, primitives, reference, targets
 from fastkd.divergences import Divergence
 from fastkd.losses import kd_loss
 from fastkd.maker import Feature, Maker
-from fastkd.sources import Head, Labels
+from fastkd.sources import TAILS, Head, Labels, Mixture, Samples
 
 __all__ = ["KD_FEATURES", "OPS", "Maker", "Op", "kd_inputs"]
 
@@ -97,6 +97,82 @@ KD_FEATURES: dict[str, Feature] = {
     "target Power": lambda m: _heads(m, target=targets.Power(2.0), temperature=1.5),
     "target MixUniform": lambda m: _heads(m, target=targets.MixUniform(0.3), divergence="reverse_kl"),
 }
+
+SPARSE_K = 19  # odd, and no multiple of a vector
+
+
+def _sparse(m: Maker, teacher: Any, **kwargs: Any) -> dict[str, Any]:
+    return {"student": m.head(m.hidden[0], True), "teacher": teacher, **kwargs}
+
+
+def _listed(m: Maker, k: int = SPARSE_K, tail: str = "bucket", **kwargs: Any) -> dict[str, Any]:
+    return _sparse(m, m.top_k(min(k, m.vocab), tail), **kwargs)
+
+
+def _samples(m: Maker, normalize: bool) -> dict[str, Any]:
+    ids = m.ids(m.tokens, SPARSE_K)
+    ids[:, 1] = ids[:, 0]  # drawn twice
+    ids[::4, -1] = -1
+    weights = torch.rand(ids.shape, generator=m.generator, dtype=torch.float64).float().to(m.device) / SPARSE_K
+    return _sparse(m, Samples(ids, weights, normalize), temperature=1.5)
+
+
+def _mixture(m: Maker, **kwargs: Any) -> dict[str, Any]:
+    """Dense and sparse, with weights per token."""
+    uniform = m.top_k(min(SPARSE_K, m.vocab), "uniform")
+    samples = Samples(m.ids(m.tokens, 3), torch.ones(m.tokens, 3, device=m.device), normalize=True)
+    teachers: list[Any] = [m.head(m.hidden[1], False), m.logits(False), uniform, Labels(m.ids(), 0.1), samples]
+    weights = torch.stack([m.uniform(0.2, 1.0) for _ in teachers], -1)
+    return _sparse(m, Mixture(teachers, weights), **kwargs)
+
+
+KD_FEATURES |= {
+    **{f"top-k {tail}": partial(_listed, tail=tail) for tail in TAILS},
+    "top-k padded": lambda m: _sparse(m, m.top_k(min(SPARSE_K, m.vocab), padded=m.vocab > 1)),
+    "top-k without log_tail": lambda m: _without_tail(_listed(m, tail="uniform")),
+    "top-k of everything": lambda m: _everything(m),
+    "top-k of one": lambda m: _listed(m, 1, "uniform", divergence="cross_entropy"),
+    "top-k brought to another temperature": lambda m: _sparse(
+        m,
+        m.top_k(min(SPARSE_K, m.vocab), "renormalize", temperature=2.0),
+        temperature=m.uniform(0.5, 3.0),
+        t_squared=True,
+    ),
+    "top-k of both, brought to another temperature": lambda m: _sparse(
+        m,
+        m.top_k(min(SPARSE_K, m.vocab), "renormalize_both", temperature=0.5),
+        temperature=0.8,
+        teacher_temperature=m.uniform(0.5, 3.0),
+        divergence="reverse_kl",
+    ),
+    "top-k with labels": lambda m: _listed(
+        m, labels=m.ids(ignored=True), label_weight=0.3, weights=_masked(m), temperature=1.5, teacher_temperature=1.0
+    ),
+    "top-k with all of the head": lambda m: {
+        **_listed(m, divergence="jensen_shannon"),
+        "student": m.head(m.hidden[0], True, bias=m.normal(m.vocab), softcap=4.0, logit_scale=1.5),
+    },
+    "top-k uniform by another divergence": lambda m: _listed(m, tail="uniform", divergence="reverse_kl"),
+    "top-k transformed": lambda m: _listed(m, tail="uniform", target=targets.Interpolate(m.uniform(0.1, 0.9))),
+    "top-k and logits": lambda m: {
+        **_listed(m, divergence=0.4 * divergences.ReverseKL() + m.uniform(0.2, 1.0) * divergences.ForwardKL()),
+        "student": m.logits(True),
+    },
+    "samples": partial(_samples, normalize=False),
+    "samples normalized": partial(_samples, normalize=True),
+    "mixture": lambda m: _mixture(m, divergence="reverse_kl", temperature=1.5, teacher_temperature=1.0),
+    "mixture transformed": lambda m: _mixture(m, target=targets.MixUniform(0.3)),
+}
+
+
+def _everything(m: Maker) -> dict[str, Any]:
+    """K = V, of a vocabulary that is small enough."""
+    small = m.sized(vocab=min(m.vocab, 300))
+    return _sparse(small, small.top_k(small.vocab), divergence="jensen_shannon")
+
+
+def _without_tail(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {**inputs, "teacher": replace(inputs["teacher"], log_tail=None)}
 
 
 def _strided(m: Maker) -> dict[str, Any]:
@@ -200,6 +276,15 @@ def _diverging(m: Maker, cls: type[Divergence]) -> dict[str, Any]:
     return {"student": student, "teacher": teacher, "divergence": divergence, "temperature": temperature}
 
 
+def _listed_diverging(m: Maker, cls: type[Divergence]) -> dict[str, Any]:
+    """Against logits that agree with the teacher in part, so that no ratio is extreme."""
+    teacher = m.top_k(min(SPARSE_K, m.vocab))
+    student = m.normal(m.tokens, m.vocab, scale=0.5)
+    with torch.no_grad():
+        student.scatter_add_(-1, teacher.ids, (teacher.log_probs + 8).to(student))
+    return {"student": student, "teacher": teacher, "divergence": _example(cls)}
+
+
 def _reduced(m: Maker, reduction: str) -> dict[str, Any]:
     labels = {"labels": m.ids(ignored=True), "label_weight": 0.3}
     return _heads(m, temperature=1.5, weights=_masked(m), reduction=reduction, **labels)
@@ -212,6 +297,7 @@ def _kd_features() -> dict[str, Feature]:
         **KD_EDGES,
         **{f"reduction {r}": partial(_reduced, reduction=r) for r in ("none", "sum", "mean", "batchmean")},
         **{f"divergence {name}": partial(_diverging, cls=cls) for name, cls in divergences.REGISTRY.items()},
+        **{f"top-k by {name}": partial(_listed_diverging, cls=cls) for name, cls in divergences.REGISTRY.items()},
     }
 
 
@@ -310,6 +396,25 @@ def _token_stats(
     return outputs._replace(**{name: getattr(outputs, name).detach() for name in constant})
 
 
+class _Top(NamedTuple):
+    log_probs: Tensor
+    log_tail: Tensor
+    log_probs_at_ids: Tensor
+
+
+def _topk(source: Tensor | Head, k: int, *, temperature: float | Tensor = 1.0, **kwargs: Any) -> _Top:
+    """topk with, for the ids, the log-probabilities there: of two that rounding makes equal either may come first. The
+    gradient is that of the likeliest alone, about whose place there is no doubt, and with k = 1 that of the tail."""
+    top = primitives.topk(source, k, temperature=temperature, **kwargs)
+    at = primitives.selected_log_probs(source, top.ids, temperature=temperature, backend="reference").detach()
+    log_probs = torch.cat((top.log_probs[..., :1], top.log_probs[..., 1:].detach()), -1)
+    return _Top(log_probs, top.log_tail if k == 1 else top.log_tail.detach(), at)
+
+
+def _topping(m: Maker, feature: Feature, k: int = SPARSE_K) -> dict[str, Any]:
+    return {**feature(m), "k": k}
+
+
 @dataclass(frozen=True)
 class Op:
     """A public op as validation sees it.
@@ -345,6 +450,15 @@ OPS: dict[str, Op] = {
             "vocabulary of 1": partial(_selecting, feature=SOURCE_FEATURES["vocabulary of 1"], count=1),
             "one id": partial(_selecting, feature=SOURCE_FEATURES["plain"], count=1),
             "int32 ids": partial(_selecting, feature=SOURCE_FEATURES["plain"], dtype=torch.int32),
+        },
+    ),
+    "topk": Op(
+        _topk,
+        partial(_topk, backend="reference"),
+        lambda: {
+            **{name: partial(_topping, feature=f) for name, f in SOURCE_FEATURES.items() if name != "vocabulary of 1"},
+            "one entry": partial(_topping, feature=SOURCE_FEATURES["plain"], k=1),
+            "many entries": partial(_topping, feature=SOURCE_FEATURES["plain"], k=300),
         },
     ),
     "kl_div": Op(kl.kl_div, F.kl_div, lambda: KL_FEATURES, kl.why_not),

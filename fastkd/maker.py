@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.sources import Head
+from fastkd.sources import Head, TopK
 
 
 class Maker:
@@ -57,6 +57,18 @@ class Maker:
     def top(self) -> float:
         """A logit with 5 times the mass of V normal ones of scale 2, about V e^2: ahead, and log p not near 0."""
         return math.log(5 * self.vocab) + 2
+
+    def top_k(self, k: int, tail: str = "bucket", *, padded: bool = False, **kwargs: Any) -> TopK:
+        """The k likeliest of a random teacher, in float32, with its tail; ``padded``: some ids -1, some log p -inf."""
+        logits = 2 * torch.randn(self.tokens, self.vocab, generator=self.generator, dtype=torch.float64)
+        log_probs, ids = logits.log_softmax(-1).topk(k)
+        if padded:
+            ids[::2, -k // 3 :] = -1
+            log_probs[1::3, k // 2] = -math.inf
+        kept = log_probs.masked_fill(ids < 0, -math.inf).exp().sum(-1)
+        tail_mass = (1 - kept).clamp(min=0) if k < self.vocab or padded else torch.zeros_like(kept)
+        log_tail = tail_mass.log().float().to(self.device)
+        return TopK(ids.to(self.device), log_probs.float().to(self.device), tail, log_tail=log_tail, **kwargs)
 
     def peaked(self, frozen: bool = False, **kwargs: Any) -> Head:
         """A head with one winner per token, so that rounding leaves open neither the largest entry nor its gradient."""

@@ -52,7 +52,7 @@ def sparse(s: Tensor, t: Listed, g: Tensor | None, a: Rows) -> Tensor:
     the tail "uniform" the divergences are cross-entropies.
     """
     if t.tail == "uniform":
-        spread = replace(a, teacher=Side(), t_temperature=torch.ones_like(a.t_temperature), normalized=True)
+        spread = replace(a, teacher=Side(), t_temperature=torch.ones_like(a.t_temperature), normalized=False)
         return divergence(s, listed_rows(t, a.vocab), g, spread)
     z = a.student.effective(s, a.vocab)
     x = z / a.s_temperature.unsqueeze(-1)

@@ -5,11 +5,15 @@ import torch
 import torch.nn.functional as F
 
 import fastkd
-from fastkd import Head
+from fastkd import Head, Mixture, TopK
 from fastkd.divergences import ForwardKL, JensenShannon
 
 LABELS = torch.tensor([3, -100, 0, 6, 3])
 IDS = torch.tensor([[0, 6], [2, 2], [5, 1], [3, 3], [1, 4]])
+LOG_P = torch.tensor([0.5, 0.2]).log().repeat(5, 1)
+TOP, EVEN = (
+    TopK(torch.tensor([[0, 6], [2, 3], [5, 1], [-1, 3], [1, 4]]), LOG_P, tail) for tail in ("bucket", "uniform")
+)
 NAMES = ("hidden", "weight", "bias", "teacher hidden", "teacher weight")
 
 
@@ -28,6 +32,14 @@ OPS = {
     "logits, none": lambda h, w, b, ht, wt, **k: fastkd.kd_loss(
         F.linear(h, w, b), Head(ht, wt), 0.3 * ForwardKL() + 0.7 * JensenShannon(0.3), reduction="none", **k
     ),
+    "top-k": lambda h, w, b, ht, wt, **k: fastkd.kd_loss(Head(h, w, b, softcap=3.0), TOP, "jensen_shannon", **k),
+    "top-k, none": lambda h, w, b, ht, wt, **k: fastkd.kd_loss(
+        F.linear(h, w, b), TOP, labels=LABELS, label_weight=0.4, reduction="none", **k
+    ),
+    "mixture": lambda h, w, b, ht, wt, **k: fastkd.kd_loss(
+        Head(h, w, b), Mixture([Head(ht.detach(), wt.detach()), EVEN], [0.3, 0.7]), "reverse_kl", reduction="none", **k
+    ),
+    "topk": lambda *a, **k: torch.cat([y.flatten() for y in fastkd.topk(heads(*a)[0], 3, **k)[1:]]),
     "entropy": lambda *a, **k: fastkd.token_stats(heads(*a)[0], temperature=1.5, **k).entropy,
     "max_log_prob": lambda *a, **k: fastkd.token_stats(heads(*a)[0], **k).max_log_prob,
     "selected_log_probs": lambda *a, **k: fastkd.selected_log_probs(heads(*a)[0], IDS, temperature=1.5, **k),

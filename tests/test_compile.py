@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
-from fastkd import Head, Labels, targets
+from fastkd import Head, Labels, Mixture, Samples, TopK, targets
 from fastkd.divergences import ForwardKL, JensenShannon
 
 V = 7
@@ -28,6 +28,12 @@ def inputs(n, grad=True):
 
 def heads(h, w, b, ht, wt):
     return Head(h, w, b, softcap=3.0), Head(ht, wt)
+
+
+def listed(y, tail="bucket"):
+    """Three entries for each token, one of them padding."""
+    ids = torch.stack((y.clamp(0), (y.clamp(0) + 2) % V, torch.full_like(y, -1)), -1)
+    return TopK(ids, torch.tensor([0.5, 0.2, 0.1]).log().expand(ids.shape), tail)
 
 
 # each a function of the same seven tensors; its second kind of output, if any, is integer
@@ -49,6 +55,22 @@ CALLS = {
     "module": lambda h, w, b, ht, wt, x, y: fastkd.nn.DistillLoss("total_variation", reduction="sum")(
         *heads(h, w, b, ht, wt), weights=x
     ),
+    "top-k": lambda h, w, b, ht, wt, x, y: fastkd.kd_loss(
+        Head(h, w, b, softcap=3.0), listed(y), "reverse_kl", weights=x, labels=y, label_weight=0.2
+    ),
+    "top-k uniform, none": lambda h, w, b, ht, wt, x, y: fastkd.kd_loss(
+        Head(h, w, b), listed(y, "uniform"), reduction="none"
+    ),
+    "top-k renormalized": lambda h, w, b, ht, wt, x, y: fastkd.kd_loss(
+        F.linear(h, w, b), listed(y, "renormalize_both"), temperature=x, reduction="none"
+    ),
+    "samples": lambda h, w, b, ht, wt, x, y: fastkd.kd_loss(
+        Head(h, w, b), Samples(listed(y).ids, listed(y).log_probs.exp(), normalize=True)
+    ),
+    "mixture": lambda h, w, b, ht, wt, x, y: fastkd.kd_loss(
+        Head(h, w, b), Mixture([Head(ht.detach(), wt.detach()), listed(y, "uniform")], [0.3, 0.7]), JensenShannon(0.3)
+    ),
+    "topk": lambda h, w, b, ht, wt, x, y: fastkd.topk(Head(h, w, b), 3, temperature=x),
     "token_stats": lambda h, w, b, ht, wt, x, y: fastkd.token_stats(Head(h, w, b), temperature=x),
     "selected_log_probs": lambda h, w, b, ht, wt, x, y: fastkd.selected_log_probs(
         Head(h, w, b), torch.stack((y.clamp(0), y.clamp(0).flip(0)), -1)

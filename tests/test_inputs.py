@@ -1,15 +1,16 @@
 """Every op on inputs of every kind: empty, ignored, strided, meta; none is written, and no memory is read unwritten."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch.utils import _pytree
 
 import fastkd
-from fastkd import Head, Labels, testing
+from fastkd import Head, Labels, Mixture, Samples, testing
 from fastkd.backends import BACKENDS
+from fastkd.sources import TAILS
 
 V, D = 37, 12
 TILED = 1024 + 9  # a second tile of csrc/rows.cpp
@@ -33,6 +34,11 @@ def _kd(**kwargs):
     return lambda reduction="none", **x: fastkd.kd_loss(**x, **kwargs, reduction=reduction)
 
 
+def _top_k(m, tail="bucket"):
+    """More entries than tokens, so that a row is what is expanded; every row with the tail that the entries leave."""
+    return replace(m.top_k(9, tail), log_tail=None)
+
+
 OPS = {
     "kd_loss of heads": Op(_sources, _kd()),
     "kd_loss of logits": Op(
@@ -42,10 +48,34 @@ OPS = {
         lambda m: {"student": m.head(D, True), "teacher": m.logits(True)}, _kd(divergence="skew_kl")
     ),
     "kd_loss with labels": Op(lambda m: _sources(m) | {"labels": m.ids()}, _kd(label_weight=0.5)),
+    **{
+        f"kd_loss of TopK, {tail}": Op(
+            lambda m, tail=tail: {"student": m.head(D, True), "teacher": _top_k(m, tail)}, _kd()
+        )
+        for tail in TAILS
+    },
+    "kd_loss of logits and TopK": Op(
+        lambda m: {"student": m.logits(True), "teacher": _top_k(m)}, _kd(divergence="jensen_shannon")
+    ),
+    "kd_loss of Samples": Op(
+        lambda m: {"student": m.head(D, True), "teacher": Samples(m.ids(m.tokens, 3), torch.ones(m.tokens, 3) / 3)},
+        _kd(),
+    ),
+    "kd_loss of a Mixture": Op(
+        lambda m: {
+            "student": m.head(D, True),
+            "teacher": Mixture([m.head(D + 1, False), _top_k(m, "uniform"), Labels(m.ids())]),
+        },
+        _kd(divergence="reverse_kl"),
+    ),
     "kd_loss of Labels": Op(lambda m: {"student": m.head(D, True), "teacher": Labels(m.ids())}, _kd()),
     "token_stats": Op(lambda m: {"source": m.head(D, True)}, lambda **x: torch.stack(fastkd.token_stats(**x)[:3], -1)),
     "selected_log_probs": Op(
         lambda m: {"source": m.head(D, True), "ids": m.ids(m.tokens, 3)}, lambda **x: fastkd.selected_log_probs(**x)
+    ),
+    "topk": Op(
+        lambda m: {"source": m.peaked()},  # of entries that are near, rounding chooses
+        lambda **x: torch.cat([y.flatten() for y in fastkd.topk(k=1, **x)[1:]]),
     ),
     "kl_div": Op(
         lambda m: {"input": m.logits(True), "target": m.logits(True)},
@@ -62,6 +92,10 @@ def made(op, seed=0, tokens=7, vocab=V, dtype=torch.float32):
     return op.make(testing._Maker(tokens, vocab, (D, D + 1), dtype, seed, "cpu"))
 
 
+def learned(inputs):
+    return [x for x in leaves(inputs) if x.requires_grad]
+
+
 def leaves(inputs):
     return [x for x in _pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor) and x.is_floating_point()]
 
@@ -72,8 +106,7 @@ def called(op, inputs, backend, **kwargs):
         kwargs = {"backend": backend, **kwargs}
     value = op.call(**inputs, **kwargs)
     upstream = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).view(value.shape)
-    xs = [x for x in leaves(inputs) if x.requires_grad]
-    return value, torch.autograd.grad(value, xs, upstream, allow_unused=True)
+    return value, torch.autograd.grad(value, learned(inputs), upstream, allow_unused=True)
 
 
 # ---- empty, and nothing left ----
@@ -184,11 +217,12 @@ def test_layouts(backend, op, layout, dtype):
     def laid(x):
         return LAYOUTS[layout](x.detach()) if x.dim() == 2 else x.detach()
 
-    strided = _pytree.tree_map_only(torch.Tensor, laid, made(op, dtype=dtype))
+    original = made(op, dtype=dtype)
+    strided = _pytree.tree_map_only(torch.Tensor, laid, original)
     compact = _pytree.tree_map_only(torch.Tensor, lambda x: x.clone(memory_format=torch.contiguous_format), strided)
     for inputs in (strided, compact):
-        for x in leaves(inputs):
-            x.requires_grad_()
+        for x, like in zip(leaves(inputs), leaves(original), strict=True):
+            x.requires_grad_(like.requires_grad)
     # the products of a GEMM may be summed in another order
     torch.testing.assert_close(
         called(op, strided, backend),
@@ -203,7 +237,7 @@ def test_expanded_upstream(backend, name):
     op = OPS[name]
     inputs = made(op)
     value = op.call(**inputs, backend=backend)
-    xs = leaves(inputs)
+    xs = learned(inputs)
     for upstream in (torch.ones(()).expand(value.shape), torch.rand(*value.shape, 2)[..., 0]):
         got = torch.autograd.grad(value, xs, upstream, retain_graph=True)
         expected = torch.autograd.grad(value, xs, upstream.contiguous(), retain_graph=True)
@@ -220,9 +254,9 @@ def test_inputs_and_upstream_are_not_written(any_backend, op):
         value = op.call(**inputs, **kwargs, **more)
         upstream = torch.rand(value.shape)
         copy = upstream.clone()
-        first = torch.autograd.grad(value, leaves(inputs), upstream, retain_graph=True)
+        first = torch.autograd.grad(value, learned(inputs), upstream, retain_graph=True)
         kept = [g.clone() for g in first]
-        second = torch.autograd.grad(value, leaves(inputs), 2 * upstream, retain_graph=True)
+        second = torch.autograd.grad(value, learned(inputs), 2 * upstream, retain_graph=True)
         assert torch.equal(upstream, copy)
         assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True)), "an input was written"
         assert all(torch.equal(x, y) for x, y in zip(first, kept, strict=True)), "a gradient given out was written"
@@ -266,7 +300,7 @@ def test_meta_tensors(any_backend, name):
     got, expected = (op.call(**inputs, backend=any_backend) for inputs in (meta, real))
     assert got.device.type == "meta"
     assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
-    for g, x in zip(torch.autograd.grad(got.sum(), leaves(meta)), leaves(meta), strict=True):
+    for g, x in zip(torch.autograd.grad(got.sum(), learned(meta)), learned(meta), strict=True):
         assert (g.device.type, g.shape, g.dtype) == ("meta", x.shape, x.dtype)
     if name in KD:
         assert op.call(**meta, reduction="mean", backend=any_backend).shape == ()
