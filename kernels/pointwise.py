@@ -42,9 +42,15 @@ def point(lp, lq, p, q, a, b, KIND: tl.constexpr):
         phi = _times(q, lq - lp)
         h = phi + q
     elif KIND == 2:
-        lm = tl.log(tl.maximum(a * p + (1 - a) * q, 1.17549435e-38))
-        h = (1 - a) * _times(q, lq - lm)
-        phi = a * _times(p, lp - lm) + h
+        # log(q / m) and log(p / m) by the ratio of the smaller to the larger, which keeps what log q - log m would cancel
+        less = p < q
+        small, large = tl.where(less, p, q), tl.where(less, q, p)
+        w_small = tl.where(less, a, 1 - a)
+        log_m = tl.log(tl.maximum((1 - w_small) + w_small * (small / large), 1.17549435e-38))  # of m / large
+        of_small = w_small * _times(small, -tl.abs(lp - lq) - log_m)
+        of_large = (1 - w_small) * _times(large, -log_m)
+        phi = of_small + of_large
+        h = tl.where(less, of_large, of_small)
     elif KIND == 3:
         m = tl.maximum(a * p + (1 - a) * q, 1.17549435e-38)
         phi = _times(p, lp - tl.log(m))

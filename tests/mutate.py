@@ -24,10 +24,16 @@ COPIED = ("csrc", "fastkd", "kernels", "tests", "pyproject.toml", "setup.py", "R
 LEFT_BEHIND = shutil.ignore_patterns("*.so", "__pycache__", ".*")
 # in the order in which they go red soonest
 QUICK = ["test_kd_loss.py::test_feature_with_the_default_chunk", "test_recipes.py", "test_inputs.py", "test_edges.py"]
-QUICK += ["test_targets.py", "test_kd_loss.py::test_divergence_and_both_gradients", "test_kd_loss.py::test_sizes"]
+QUICK += [
+    "test_sparse.py",
+    "test_targets.py",
+    "test_kd_loss.py::test_divergence_and_both_gradients",
+    "test_kd_loss.py::test_sizes",
+]
 QUICK += ["test_kd_loss.py::test_the_chunk_does_not_matter", "test_memory.py"]
 
-ROWS, POINT, TORCH = "csrc/rows.cpp", "csrc/pointwise.h", "fastkd/rows_torch.py"
+ROWS, TILES, POINT, SPARSE = "csrc/rows.cpp", "csrc/tiles.h", "csrc/pointwise.h", "csrc/sparse.cpp"
+TORCH, LISTED = "fastkd/rows_torch.py", "fastkd/sparse.py"
 DRIVER, CHUNKS, LOSSES, FUSED = "fastkd/driver.py", "fastkd/chunks.py", "fastkd/losses.py", "fastkd/fused.py"
 WALK = "v < a.vocab; v += TILE) {\n    const Tile k = tile_sums"
 
@@ -42,27 +48,75 @@ MUTANTS = {
     "C++: gap between the tops dropped from reverse KL": (ROWS, "(k.cross + k.ls * gap)", "k.cross"),
     "C++: gap between the tops dropped from the gradient": (ROWS, "row.shift - k.gap", "row.shift"),
     "C++: lower bits of dweight dropped": (ROWS, "(uint32_t)high << 16 | (uint32_t)low << 8", "(uint32_t)high << 16"),
-    "C++: softcap dropped": (ROWS, "z[i] = cap * fastkd_tanh(z[i] * inner);", "z[i] = cap * inner * z[i];"),
-    "C++: slope of the softcap dropped": (ROWS, "grad[i] *= f * (1.f - y * y);", "grad[i] *= f + 0.f * y;"),
-    "C++: weights dropped from the gradient": (ROWS, "f = factor * src.scale", "f = src.scale"),
-    "C++: logit_scale dropped from the gradient": (ROWS, "f = factor * src.scale", "f = factor"),
+    "C++: softcap dropped": (TILES, "z[i] = cap * fastkd_tanh(z[i] * inner);", "z[i] = cap * inner * z[i];"),
+    "C++: slope of the softcap dropped": (TILES, "grad[i] *= f * (1.f - y * y);", "grad[i] *= f + 0.f * y;"),
+    "C++: weights dropped from the gradient": (TILES, "f = factor * src.scale", "f = src.scale"),
+    "C++: logit_scale dropped from the gradient": (TILES, "f = factor * src.scale", "f = factor"),
     "C++: weights dropped from the plain gradient": (ROWS, "a.factor[r] * a.s.scale, v", "a.s.scale, v"),
     "C++: logit_scale dropped from the plain gradient": (ROWS, "a.factor[r] * a.s.scale, v", "a.factor[r], v"),
-    "C++: smoothing dropped from the gradient": (ROWS, "even = c * a.label_smoothing / (float)a.vocab", "even = 0.f"),
-    "C++: smoothing dropped from the value": (ROWS, "return (1 - eps) * (ls - x) +", "return (ls - x) +"),
     "C++: last tile left out": (ROWS, WALK, WALK.replace("v < a.vocab", "v == 0 || v + TILE <= a.vocab")),
-    "C++: smaller vocabulary padded with 0": (ROWS, "i < n; i++) z[i] = -INF;", "i < n; i++) z[i] = 0.f;"),
+    "C++: smaller vocabulary padded with 0": (TILES, "i < n; i++) z[i] = -INF;", "i < n; i++) z[i] = 0.f;"),
     "C++: teacher not normalised": (ROWS, "row.ct = -c * row.t.scale();", "row.ct = -c;"),
     "C++: weight of a term dropped": (ROWS, "FIRST ? weight * f.h :", "FIRST ? f.h :"),
     "C++: weight of a second term dropped": (ROWS, ": h[i] + weight * f.h;", ": h[i] + f.h;"),
     "C++: 0 log 0": (ROWS, "p3 += p == 0.f ? 0.f : p * (y - x);", "p3 += p * (y - x);"),
     "C++: ignored rows keep their gradient": (ROWS, "if (a.g.data != nullptr) zero_gradient(a.g, r);", ""),
     "C++: sum of h dropped": (ROWS, "row.s.scale() * (float)total", "row.s.scale() * 0.f"),
-    "C++: a term of Jensen-Shannon": (POINT, "(p == 0.f ? 0.f : a * p * (lp - lm)) + right", "right"),
+    "C++: a term of Jensen-Shannon": (POINT, "return {of_small + of_large, p < q", "return {of_large, p < q"),
     "C++: h of skew KL": (POINT, "-c * p * (q / m)", "-p * (q / m)"),
+    "C++: label's gradient dropped": (TILES, "grad[id - v] -= weight;", ";"),
+    "C++: softmax of a label's temperature": (TILES, "q.inv = 1.f;\n", ";\n"),
+    "C++ sparse: tail dropped from the loss": (SPARSE, "o.lp[k] = a.log_rest[r], o.n = k + 1;", "o.lp[k] = 0.f;"),
+    "C++ sparse: tail dropped from the gradient": (
+        SPARSE,
+        "(o.h[k] - o.q[k] * total) / rest",
+        "(-o.q[k] * total) / rest",
+    ),
+    "C++ sparse: sum of h dropped outside": (SPARSE, "(o.h[k] - o.q[k] * total) / rest", "o.h[k] / rest"),
+    "C++ sparse: sum of h dropped inside": (SPARSE, "o.q[i] * H) - (", "0.f * H) - ("),
+    "C++ sparse: gradient of what drop leaves out": (SPARSE, "c = whole ? -total / s.sum : 0", "c = 0"),
+    "C++ sparse: an id that stands twice": (SPARSE, "o.again[i] ? w.et[o.id[i]] + value : value", "value"),
+    "C++ sparse: even tail dropped from the loss": (
+        SPARSE,
+        "loss += weight * (entropy - u *",
+        "loss += 0 * (entropy - u *",
+    ),
+    "C++ sparse: even tail dropped from the gradient": (SPARSE, "even -= weight * (float)u;", ";"),
+    "C++ sparse: entropy of the even tail": (SPARSE, "? others * u * a.log_rest[r] : 0", "? 0 : 0"),
+    "C++ sparse: both not renormalised": (SPARSE, "if (!whole) renormalize(o);", ""),
+    "C++ sparse: temperature dropped": (SPARSE, "s.inv = 1.f / src.temperature[r]", "s.inv = 1.f"),
+    "C++ sparse: weights dropped": (SPARSE, "s.inv * a.factor[r] * a.s.scale", "s.inv * a.s.scale"),
+    "C++ sparse: weight of a term dropped": (SPARSE, "h[i] += weight * f.h;", "h[i] += f.h;"),
+    "C++ sparse: marks of a row are left": (SPARSE, "for (int64_t i = 0; i < k; i++) w.et[o.id[i]] = 0.f;", ""),
+    "C++ sparse: padding is followed": (SPARSE, "if (ids[k] < 0) continue;", "if (ids[k] < 0) break;"),
+    "C++ sparse: mass too small for float32": (SPARSE, "if (!(rest < 1e-25 * s.sum)) return rest;", "return rest;"),
+    "C++ sparse: an infinity in the even tail": (SPARSE, "if (std::isfinite(sum)) return sum;", "return sum;"),
+    "C++ topk: one stretch too few": (
+        SPARSE,
+        "sorted + k - 1, sorted + count",
+        "sorted + k - 2 + (k < 2), sorted + count",
+    ),
+    "C++ topk: order of equals": (SPARSE, ": i < j; };", ": i > j; };"),
+    "C++ topk: tail's gradient": (
+        SPARSE,
+        "(d_tail - fastkd_exp(tail) * total) / rest",
+        "(-fastkd_exp(tail) * total) / rest",
+    ),
+    "C++ topk: gradient of the softmax": (SPARSE, "given[i] - fastkd_exp(log_q[i]) * (float)total", "given[i]"),
+    "torch sparse: tail dropped from the gradient": (TORCH, "rest = h[:, -1:] -", "rest = 0 * h[:, -1:] -"),
+    "torch sparse: listed entries' own h": (TORCH, "own = h[:, :k] if t.tail ==", "own = 0 * h[:, :k] if t.tail !="),
+    "torch topk: tail's gradient": (TORCH, "grad = _times(share, d_tail) -", "grad = -"),
+    "tail's mass not taken as given": (LISTED, "if log_tail is None:\n        log_rest", "if True:\n        log_rest"),
+    "not brought to the temperature": (LISTED, "if spec.stored is not None:", "if False:"),
+    "mass of what is cut off stays": (
+        LISTED,
+        "return Listed(spec.tail, ids, kept - total.unsqueeze(-1),",
+        "return Listed(spec.tail, ids, kept,",
+    ),
+    "even tail not shared out": (LISTED, 'if spec.tail == "uniform":\n', "if False:\n"),
+    "duplicates not looked for": (LISTED, "counts\n    checks.all_values", "counts & False\n    checks.all_values"),
     "torch: slope of the softcap dropped": (TORCH, "grad = grad * a.student.slope(z) *", "grad = grad *"),
-    "torch: temperature dropped from the gradient": (TORCH, "keepdim=True))) / temperature", "keepdim=True)))"),
-    "torch: smoothing dropped": (TORCH, "ce -= smooth * log_q.mean(-1)", "pass"),
+    "torch: temperature dropped from the gradient": (TORCH, "grad = grad / a.s_temperature.unsqueeze(-1)", "pass"),
     "roles not exchanged": (DRIVER, "tuple(d.exchanged for d in row.divergences)", "row.divergences"),
     "temperatures not exchanged": (
         DRIVER,
@@ -125,7 +179,7 @@ def mutate(tree: Path, name: str) -> str:
 
 def main() -> int:
     names = [n for n in MUTANTS if not sys.argv[1:] or any(word in n for word in sys.argv[1:])]
-    names.sort(key=lambda n: MUTANTS[n][0] not in (ROWS, POINT))
+    names.sort(key=lambda n: not MUTANTS[n][0].startswith("csrc"))
     console, table = Console(), Table("mutant", "killed by", "s")
     survivors, built = 0, False
     with tempfile.TemporaryDirectory() as folder:
@@ -142,7 +196,7 @@ def main() -> int:
             return 1
         for name in names:
             start = time.perf_counter()
-            if MUTANTS[name][0] not in (ROWS, POINT) and not built:
+            if not MUTANTS[name][0].startswith("csrc") and not built:
                 built = build(tree)  # without the last mutant of the C++
             verdict = mutate(tree, name)
             survivors += verdict.startswith("[red]")
