@@ -79,12 +79,16 @@ float take(const Source& src, int64_t r, int64_t id, const Softmax& s, double lo
 double unlisted(const Source& src, int64_t r, int64_t vocab, const Softmax& s, double log_sum, Scratch& w, float& log_q) {
   double rest = 0;
   for (int64_t v = 0; v < vocab; v += TILE) {
-    const int64_t n = smaller(TILE, vocab - v);
     const float* es = w.es + v;
-    float part = 0;
+    double sum = 0;
+    for (int64_t b = 0, n = smaller(TILE, vocab - v); b < n; b += BLOCK) {
+      const int64_t end = smaller(n, b + BLOCK);
+      float part = 0;
 #pragma omp simd reduction(+ : part)
-    for (int64_t i = 0; i < n; i++) part += es[i];
-    rest += (double)w.tiles[v / TILE].ws * part;
+      for (int64_t i = b; i < end; i++) part += es[i];
+      sum += part;
+    }
+    rest += w.tiles[v / TILE].ws * sum;
   }
   log_q = (float)(std::log(rest) - log_sum);
   if (!(rest < 1e-25 * s.sum)) return rest;
@@ -163,8 +167,11 @@ void gather(const SparseArgs& a, int64_t r, const Softmax& s, Outcomes& o, Scrat
   o.n = 0;
   for (int64_t k = 0; k < a.k; k++) {
     if (ids[k] < 0) continue;
+    const float e = w.es[ids[k]] * w.tiles[ids[k] / TILE].ws * s.scale();  // nearer to q than e^(log q), rounded
     o.id[o.n] = ids[k], o.lp[o.n] = log_p[k], o.again[o.n] = w.et[ids[k]] != 0.f;
-    o.lq[o.n++] = take(a.s, r, ids[k], s, log_sum, w);
+    o.lq[o.n] = take(a.s, r, ids[k], s, log_sum, w);
+    o.q[o.n] = o.again[o.n] ? fastkd_exp(o.lq[o.n]) : e;
+    o.n++;
   }
 }
 
@@ -175,7 +182,10 @@ void renormalize(Outcomes& o) {
   double sum = 0;
   for (int64_t i = 0; i < o.n; i++) sum += std::exp((double)o.lq[i] - (top == -INF ? 0 : top));
   const double lse = top + std::log(sum);
-  for (int64_t i = 0; i < o.n; i++) o.lq[i] = top == -INF ? __builtin_nanf("") : (float)(o.lq[i] - lse);
+  for (int64_t i = 0; i < o.n; i++) {
+    o.lq[i] = top == -INF ? __builtin_nanf("") : (float)(o.lq[i] - lse);
+    o.q[i] = fastkd_exp(o.lq[i]);
+  }
 }
 
 // sum of log q over what is not listed; xs: the sum of x over the row
@@ -205,9 +215,9 @@ void one_row(const SparseArgs& a, int64_t r, Outcomes& o, Scratch& w) {
   double rest = s.sum, loss = 0, total = 0;
   if (a.rest == Rest::One) {
     rest = unlisted(a.s, r, a.vocab, s, log_sum, w, o.lq[k]);
-    o.lp[k] = a.log_rest[r], o.n = k + 1;
+    o.lp[k] = a.log_rest[r], o.q[k] = fastkd_exp(o.lq[k]), o.n = k + 1;
   }
-  for (int64_t i = 0; i < o.n; i++) o.p[i] = fastkd_exp(o.lp[i]), o.q[i] = fastkd_exp(o.lq[i]), o.h[i] = 0.f;
+  for (int64_t i = 0; i < o.n; i++) o.p[i] = fastkd_exp(o.lp[i]), o.h[i] = 0.f;
   float even = 0;  // h of each entry that is not listed, for Rest::Each
   for (int i = 0; i < a.term_count; i++) {
     const Term& term = a.terms[i];

@@ -1,6 +1,6 @@
 """fastkd: distillation losses without ever materialising the logits."""
 
-from fastkd import divergences, estimators, nn, reference, targets, testing
+from fastkd import divergences, estimators, nn, reference, targets, teacher_cache, testing
 from fastkd.backends import use_backend
 from fastkd.kl import kl_div
 from fastkd.losses import kd_loss
@@ -24,6 +24,7 @@ __all__ = [
     "reference",
     "selected_log_probs",
     "targets",
+    "teacher_cache",
     "testing",
     "token_stats",
     "topk",

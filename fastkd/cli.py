@@ -14,6 +14,7 @@ COMMANDS = {
     "validate": "hold every op on every backend against the float64 reference",
     "bench": "measure time and memory against plain PyTorch and peers",
     "plan": "say how many bytes a loss will take, materialised and fused",
+    "cache": "store a teacher's top-k for a dataset; see and check a store",
     "demo": "distil a real language model and compare with F.kl_div",
 }
 
@@ -31,6 +32,7 @@ examples:
   fastkd bench --quick       and what do they save
   fastkd plan --model llama-3-8b --tokens 8192
                              the bytes of a loss before it is run
+  fastkd cache info FOLDER   what a teacher cache holds, and how many bytes a token
   fastkd demo --help         what the demo does and how to make it shorter
 
 environment:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastkd.divergences import Divergence, get
-from fastkd.losses import kd_loss
-from fastkd.sources import Head, Labels
+from fastkd.losses import Teacher, kd_loss
+from fastkd.sources import Head
 
 __all__ = ["DistillLoss"]
 
@@ -38,7 +38,7 @@ class DistillLoss(torch.nn.Module):
             raise TypeError(f"settings must be keywords of fastkd.kd_loss, got {sorted(unknown)}")
         self.divergence, self.settings = divergence, settings
 
-    def forward(self, student: Tensor | Head, teacher: Tensor | Head | Labels, **overrides: Any) -> Tensor:
+    def forward(self, student: Tensor | Head, teacher: Teacher, **overrides: Any) -> Tensor:
         """The loss of :func:`fastkd.kd_loss`."""
         return kd_loss(student, teacher, self.divergence, **{**self.settings, **overrides})
 

@@ -122,7 +122,7 @@ def check(name: str, spec: Sparse, tensors: tuple[Tensor | None, ...], live: Ten
     checks.all_values(f"{name}.ids", f"in [0, {vocab}) or {other}", ids, good)
     if spec.repeats:
         return
-    ordered = ids.sort(-1).values
+    ordered = ids.int().sort(-1).values
     twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0) & counts
     checks.all_values(f"{name}.ids", "different from each other in a row", ordered[..., 1:], ~twice)
     _check_mass(name, spec, ids, log_probs, log_tail, live)

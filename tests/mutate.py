@@ -66,7 +66,7 @@ MUTANTS = {
     "C++: h of skew KL": (POINT, "-c * p * (q / m)", "-p * (q / m)"),
     "C++: label's gradient dropped": (TILES, "grad[id - v] -= weight;", ";"),
     "C++: softmax of a label's temperature": (TILES, "q.inv = 1.f;\n", ";\n"),
-    "C++ sparse: tail dropped from the loss": (SPARSE, "o.lp[k] = a.log_rest[r], o.n = k + 1;", "o.lp[k] = 0.f;"),
+    "C++ sparse: tail dropped from the loss": (SPARSE, "o.lp[k] = a.log_rest[r],", "o.lp[k] = -INF,"),
     "C++ sparse: tail dropped from the gradient": (
         SPARSE,
         "(o.h[k] - o.q[k] * total) / rest",

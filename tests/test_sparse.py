@@ -281,7 +281,7 @@ def test_rows_without_any_entry(engine):
     s = torch.randn(1, V)
     for tail in ("bucket", "drop"):
         loss, grad = row(engine, TopK(nothing.ids, nothing.log_probs, tail), s)
-        assert loss == 0 and grad.abs().max() < 1e-9
+        assert abs(loss) < 1e-6 and grad.abs().max() < 1e-8
     loss, _ = row(engine, TopK(nothing.ids, nothing.log_probs, "uniform"), s)
     assert loss == pytest.approx(fastkd.kd_loss(s, torch.zeros(1, V)).item(), rel=1e-5)
     for tail in sparse.RENORMALIZED:
@@ -415,7 +415,7 @@ def test_samples_are_a_weighted_cross_entropy(any_backend, normalize, seed):
     held(inputs, recipe, backend=any_backend, chunk_tokens=4)
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jensen_shannon", "total_variation"])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jensen_shannon", "skew_kl"])
 @pytest.mark.parametrize("weighting", ["equal", "numbers", "global", "per token"])
 def test_mixture(any_backend, name, weighting, seed):
     """p = sum w p by hand, of every kind of teacher."""
