@@ -177,16 +177,14 @@ struct Label {
     if (weight == 0.f) return;
     id = a.labels[r];
     q = known != nullptr ? *known : Softmax{largest(a.s, r, a.vocab, tile), 1.f, 0};
-    if (known != nullptr && known->inv == 1.f) return;
-    q.inv = 1.f;
-    q.sum = sum_of(a.s, r, a.vocab, q, tile);
+    if (known == nullptr || known->inv != 1.f) q.sum = sum_of(a.s, r, a.vocab, q.top, tile);
   }
 
-  static double sum_of(const Source& src, int64_t r, int64_t vocab, const Softmax& q, float* tile) {
+  static double sum_of(const Source& src, int64_t r, int64_t vocab, float top, float* tile) {
     double sum = 0;
     for (int64_t v = 0; v < vocab; v += TILE) {
       const int64_t n = smaller(TILE, vocab - v);
-      const float *z = load_logits(src, r, v, n, tile), top = q.top;
+      const float* z = load_logits(src, r, v, n, tile);
       float part = 0;
 #pragma omp simd reduction(+ : part)
       for (int64_t i = 0; i < n; i++) part += fastkd_exp2((z[i] - top) * LOG2E);

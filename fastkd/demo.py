@@ -7,6 +7,12 @@
 The same steps run twice, with fastkd.kd_loss(Head, Head) and with F.kl_div on materialised logits: the loss curves
 agree to rounding, the time and the memory of the loss do not. The defaults take about five minutes on two cores, and
 nothing is downloaded. It ends with a table, demo.png and demo.json.
+
+Two more ways to learn, each with files of its own:
+
+    --teacher cached   the teacher's top-k is stored first; a student for every K and tail, beside one from the teacher
+                       itself: what a cache takes, what it costs in quality, and which tail to use (10 minutes)
+    --on-policy        the student learns from its own samples by reverse KL, exact and beside its estimates k1, k2, k3
 """
 
 from __future__ import annotations
@@ -14,7 +20,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,24 +28,44 @@ from typing import Any
 import torch
 
 from fastkd import demo_assets as assets
+from fastkd import demo_cached, demo_cached_report, demo_on_policy, demo_report
 from fastkd import demo_distill as distill
-from fastkd import demo_report
 from fastkd.demo_assets import DemoError
+from fastkd.demo_distill import Task
 from fastkd.machine import describe, package_version
 from fastkd.terminal import Stage, positive, progress
 
 Result = dict[str, Any]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SIZES = {  # where the options say nothing
+    "live": {"steps": 24, "batch": 4, "seq": 256, "held_out": 4096},
+    "cached": {"steps": 20, "batch": 2, "seq": 256, "held_out": 2048},  # many students
+    "on-policy": {"steps": 16, "batch": 8, "seq": 128, "held_out": 2048},  # samples come a token at a time
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `fastkd demo`."""
-    parser.add_argument("--steps", type=positive, default=24, help="training steps of each run")
-    parser.add_argument("--batch", type=positive, default=4, help="sequences per step")
-    parser.add_argument("--seq", type=positive, default=256, help="tokens per sequence; the loss sees batch x seq")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument(
+        "--teacher", choices=("live", "cached"), default="live", help="as the student learns, or stored before"
+    )
+    way.add_argument("--on-policy", action="store_true", help="on the student's own samples")
+
+    def by_way(size: str) -> str:
+        return ", ".join(f"{way}: {sizes[size]}" for way, sizes in SIZES.items())
+
+    def sized(name: str, what: str) -> None:
+        parser.add_argument(
+            f"--{name}", type=positive, default=argparse.SUPPRESS, help=f"{what} ({by_way(name.replace('-', '_'))})"
+        )
+
+    sized("steps", "training steps of each run")
+    sized("batch", "sequences per step")
+    sized("seq", "tokens per sequence; the loss sees batch x seq")
+    sized("held-out", "tokens of held-out text to evaluate on")
     parser.add_argument("--layers", type=positive, default=None, help="layers the student keeps (None: two thirds)")
     parser.add_argument("--lr", type=float, default=4e-4, help="peak learning rate")
-    parser.add_argument("--held-out", type=positive, default=4096, help="tokens of held-out text to evaluate on")
     parser.add_argument("--seed", type=int, default=0, help="order of the training text; all else is deterministic")
     parser.add_argument(
         "--dtype",
@@ -47,15 +73,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="of hidden states and heads; parameters stay float32. auto: bfloat16 if this CPU computes in it",
     )
+    parser.add_argument(
+        "--k", type=positive, nargs="+", default=[8, 64, 256], help="entries that each cache keeps of a token"
+    )
     parser.add_argument("--no-naive", action="store_true", help="leave out the run with F.kl_div: half the time")
-    parser.add_argument("--out", type=Path, default=Path("fastkd-demo"), help="folder for demo.png and demo.json")
+    parser.add_argument("--out", type=Path, default=Path("fastkd-demo"), help="folder for what the demo leaves behind")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; 0, or 2 after one line about what is missing."""
     start = time.perf_counter()
     try:
-        assets.check_libraries()
+        assets.check_libraries(*(("pyarrow",) if way_of(args) == "cached" else ()))
         file = assets.find_model()
         with progress() as stage:
             loaded = stage("load the teacher", 1)
@@ -66,45 +95,70 @@ def run(args: argparse.Namespace) -> int:
         print(f"fastkd demo: {error}", file=sys.stderr)
         return 2
     result |= {"model": file.name, "seconds": time.perf_counter() - start}
-    demo_report.write(result, args.out)
+    reports = {"live": demo_report.write, "cached": demo_cached_report.write, "on-policy": demo_on_policy.write}
+    reports[way_of(args)](result, args.out)
     return 0
+
+
+def way_of(args: argparse.Namespace) -> str:
+    """The key of SIZES."""
+    return "on-policy" if args.on_policy else args.teacher
 
 
 def distil(teacher: Any, tokenizer: Any, topics: Mapping[str, str], args: argparse.Namespace, stage: Stage) -> Result:
     """Everything between the loaded teacher and the report: the numbers, ready for JSON."""
+    way = way_of(args)
+    args = argparse.Namespace(**(SIZES[way] | vars(args)))
     torch.manual_seed(args.seed)
-    dtype = pick_dtype(args.dtype)
+    task = prepare(teacher, tokenizer, topics, args)
+    if way == "cached":
+        result = demo_cached.distil(task, args.k, args.out / "teacher-cache", stage)
+    elif way == "on-policy":
+        result = demo_on_policy.distil(task, args.seed, stage)
+    else:
+        result = both_ways(task, ("fused",) if args.no_naive else ("fused", "naive"), stage)
+    return {
+        "settings": {name: getattr(args, name) for name in ("steps", "batch", "seq", "lr", "seed")},
+        "dtype": str(task.dtype).removeprefix("torch."),
+        "environment": describe() | {"transformers": package_version("transformers")},
+        "layers": {"teacher": teacher.config.num_hidden_layers, "kept": task.keep},
+        "tokens": {"per_step": task.batches[0].numel(), "held_out": task.held_out.numel()},
+        "vocabulary": distill.head_weight(teacher, task.dtype).shape[0],
+    } | result
+
+
+def prepare(teacher: Any, tokenizer: Any, topics: Mapping[str, str], args: argparse.Namespace) -> Task:
+    """The student's layers, and the text in batches."""
     total = teacher.config.num_hidden_layers
     keep = distill.kept_layers(total, args.layers or round(total * 2 / 3))
     train_texts, held_texts = assets.split_topics(topics)
     held_out = assets.spread_batches(assets.windows(tokenizer, held_texts, args.seq), args.held_out, args.batch)
     rows = assets.windows(tokenizer, train_texts, args.seq)
     batches = assets.draw_batches(rows, args.steps, args.batch, args.seed)
+    return Task(teacher, keep, batches, held_out, pick_dtype(args.dtype), args.lr)
 
-    both = torch.cat((held_out, batches))
-    taught = distill.teach(teacher, both, dtype, stage("teacher reads the text", len(both)))
+
+def both_ways(task: Task, names: Sequence[str], stage: Stage) -> Result:
+    """The same steps with each of the losses."""
+    teacher, held_out = task.teacher, task.held_out
+    both = torch.cat((held_out, task.batches))
+    taught = distill.teach(teacher, both, task.dtype, stage("teacher reads the text", len(both)))
     held_taught, taught = taught[: len(held_out)], taught[len(held_out) :]
-    student = distill.prune(teacher, keep)
+    student = distill.prune(teacher, task.keep)
     before = distill.evaluate(student, held_out, held_taught, stage("held-out before", len(held_out)))
 
     runs = {}
-    for name in ("fused",) if args.no_naive else ("fused", "naive"):
-        student = distill.prune(teacher, keep)
-        ticks = stage(f"distil with {demo_report.LABELS[name]}", args.steps)
-        runs[name] = distill.train(student, batches, taught, distill.LOSSES[name], args.lr, ticks)
+    for name in names:
+        student = distill.prune(teacher, task.keep)
+        ticks = stage(f"distil with {demo_report.LABELS[name]}", len(task.batches))
+        runs[name] = distill.train(student, zip(task.batches, taught), distill.LOSSES[name], task, ticks)
         ticks = stage("held-out after", len(held_out))
         runs[name].held_out = distill.evaluate(student, held_out, held_taught, ticks)
     return {
-        "settings": {name: getattr(args, name) for name in ("steps", "batch", "seq", "lr", "seed")},
-        "dtype": str(dtype).removeprefix("torch."),
-        "environment": describe() | {"transformers": package_version("transformers")},
-        "layers": {"teacher": total, "kept": keep},
-        "tokens": {"per_step": batches[0].numel(), "held_out": held_out.numel()},
-        "vocabulary": taught[0].weight.shape[0],
         "gradient_bytes": taught[0].hidden.nbytes + taught[0].weight.nbytes,  # dH and dW, which any loss returns
         "before": before,
         "runs": {name: asdict(run) | {"peak_extra_bytes": run.peak_extra_bytes} for name, run in runs.items()},
-        "relative_difference": None if args.no_naive else relative_difference(**runs),
+        "relative_difference": relative_difference(**runs) if len(runs) == 2 else None,
     }
 
 

@@ -22,9 +22,9 @@ class DemoError(Exception):
     """Why the demo cannot run, in one line."""
 
 
-def check_libraries() -> None:
+def check_libraries(*more: str) -> None:
     """Raise one line that names what is missing and how to get it."""
-    missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+    missing = [name for name in (*LIBRARIES, *more) if importlib.util.find_spec(name) is None]
     if missing:
         raise DemoError(f'the demo needs {", ".join(missing)}; get everything with: pip install "fastkd[demo]"')
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -15,15 +15,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastkd
-from fastkd import Head
+from fastkd import Head, TopK
 from fastkd.demo_assets import DemoError
 from fastkd.machine import PeakMemory
 from fastkd.terminal import Tick
 
-Loss = Callable[[Head, Head], Tensor]
+Loss = Callable[[Head, Any], Tensor]  # of the student and what a lesson has of the teacher
+Lesson = tuple[Tensor, Any]  # what the student reads (see hidden_states), and the teacher on it
 
 
-def fused_loss(student: Head, teacher: Head) -> Tensor:
+@dataclass(frozen=True)
+class Task:
+    """Who learns from whom, on which text."""
+
+    teacher: Any
+    keep: list[int]  # the teacher's layers that the student has
+    batches: Tensor  # [steps, batch, seq]
+    held_out: Tensor  # [n, batch, seq]
+    dtype: torch.dtype  # of hidden states and heads
+    lr: float  # the peak
+
+
+def fused_loss(student: Head, teacher: Head | TopK) -> Tensor:
     """Mean over tokens of KL(teacher || student); [tokens, vocabulary] never exists."""
     return fastkd.kd_loss(student, teacher, "forward_kl", reduction="mean")
 
@@ -72,10 +85,17 @@ def head_weight(model: Any, dtype: torch.dtype) -> Tensor:
     return weight
 
 
-def hidden_states(model: Any, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Last hidden states [batch, seq, D] of ids [batch, seq]: the model without its head, computed in `dtype`."""
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        hidden: Tensor = model.model(input_ids=ids, use_cache=False).last_hidden_state
+def computed_in(dtype: torch.dtype) -> torch.autocast:
+    """Products in `dtype`, with parameters in float32."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def hidden_states(model: Any, inputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Last hidden states [batch, seq, D] of ids [batch, seq], or of embeddings [batch, seq, D] in their place: the
+    model without its head, computed in `dtype`."""
+    name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
+    with computed_in(dtype):
+        hidden: Tensor = model.model(**{name: inputs}, use_cache=False).last_hidden_state
     return hidden.to(dtype)
 
 
@@ -133,16 +153,17 @@ class Run:
         return int(median(measured)) if measured else None
 
 
-def train(student: Any, batches: Tensor, taught: list[Head], loss: Loss, lr: float, tick: Tick) -> Run:
-    """One AdamW step a batch [steps, batch, seq], warm-up and cosine; the loss is timed apart from the body."""
-    run, dtype, steps = Run(), taught[0].weight.dtype, len(batches)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+def train(student: Any, lessons: Iterable[Lesson], loss: Loss, task: Task, tick: Tick) -> Run:
+    """One AdamW step a lesson, of which there are as many as batches; warm-up and cosine. The loss is timed apart from
+    the body."""
+    run, dtype, steps = Run(), task.dtype, len(task.batches)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=task.lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / max(1, steps // 10), (1 + math.cos(math.pi * step / steps)) / 2)
     )
-    for ids, teacher in zip(batches, taught):
+    for inputs, teacher in lessons:
         start = time.perf_counter()
-        hidden, weight = hidden_states(student, ids, dtype), head_weight(student, dtype)
+        hidden, weight = hidden_states(student, inputs, dtype), head_weight(student, dtype)
         body_ms = lap(start)
         value, gradients = measured_loss(loss, hidden, weight, teacher, run)
         start = time.perf_counter()
@@ -159,7 +180,7 @@ def train(student: Any, batches: Tensor, taught: list[Head], loss: Loss, lr: flo
 
 
 def measured_loss(
-    loss: Loss, hidden: Tensor, weight: Tensor, teacher: Head, run: Run
+    loss: Loss, hidden: Tensor, weight: Tensor, teacher: Any, run: Run
 ) -> tuple[float, tuple[Tensor, ...]]:
     """The loss and its gradients to hidden [batch, seq, D] and weight [V, D], with time and memory noted in `run`."""
     leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()

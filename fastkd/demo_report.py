@@ -12,6 +12,7 @@ from fastkd.machine import line
 Result = dict[str, Any]
 LABELS = {"fused": "fastkd.kd_loss", "naive": "F.kl_div"}
 COLOURS = {"before": "#b8bec9", "fused": "#1b6ca8", "naive": "#e0803a"}
+STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10.5}
 NOT_MEASURED = "not measured"  # the peak memory, on systems without a high-water mark that can be reset
 
 
@@ -97,8 +98,7 @@ def draw(result: Result, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10.5}
-    with pyplot.rc_context(style):
+    with pyplot.rc_context(STYLE):
         widths = {"width_ratios": (2.6, 1.1, 1.1, 1, 1)}
         figure, panels = pyplot.subplots(1, 5, figsize=(13, 3.9), layout="constrained", gridspec_kw=widths)
         figure.get_layout_engine().set(wspace=0.05)
