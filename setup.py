@@ -1,8 +1,8 @@
 """Builds the C++ (and, where there are .cu files and nvcc, CUDA) extension fastkd._C from csrc/, without torch.
 
-rows.cpp and sparse.cpp are compiled once per instruction set and module.cpp chooses among the objects at run time. An extension that
-cannot be built is reported and left out, because the torch backend serves without it; FASTKD_REQUIRE_EXT=1 makes that
-an error. All metadata is in pyproject.toml.
+rows.cpp and sparse.cpp are compiled once per instruction set and module.cpp chooses among the objects at run time. An
+extension that cannot be built is reported and left out, because the torch backend serves without it;
+FASTKD_REQUIRE_EXT=1 makes that an error. All metadata is in pyproject.toml.
 """
 
 from __future__ import annotations

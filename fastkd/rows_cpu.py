@@ -1,4 +1,4 @@
-"""Row ops in C++ (csrc/rows.cpp, sparse.cpp): the contract of rows_torch, over raw addresses, on torch's number of threads."""
+"""Row ops in C++ (csrc/): the contract of rows_torch, over raw addresses, on torch's number of threads."""
 
 from __future__ import annotations
 

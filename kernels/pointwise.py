@@ -42,7 +42,7 @@ def point(lp, lq, p, q, a, b, KIND: tl.constexpr):
         phi = _times(q, lq - lp)
         h = phi + q
     elif KIND == 2:
-        # log(q / m) and log(p / m) by the ratio of the smaller to the larger, which keeps what log q - log m would cancel
+        # log(q / m) and log(p / m) by the ratio of the smaller to the larger: log q - log m would cancel
         less = p < q
         small, large = tl.where(less, p, q), tl.where(less, q, p)
         w_small = tl.where(less, a, 1 - a)

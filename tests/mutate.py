@@ -65,7 +65,11 @@ MUTANTS = {
     "C++: a term of Jensen-Shannon": (POINT, "return {of_small + of_large, p < q", "return {of_large, p < q"),
     "C++: h of skew KL": (POINT, "-c * p * (q / m)", "-p * (q / m)"),
     "C++: label's gradient dropped": (TILES, "grad[id - v] -= weight;", ";"),
-    "C++: softmax of a label's temperature": (TILES, "if (known == nullptr || known->inv != 1.f) q.sum", "if (known == nullptr) q.sum"),
+    "C++: softmax of a label's temperature": (
+        TILES,
+        "if (known == nullptr || known->inv != 1.f) q",
+        "if (known == nullptr) q",
+    ),
     "C++ sparse: tail dropped from the loss": (SPARSE, "o.lp[k] = a.log_rest[r],", "o.lp[k] = -INF,"),
     "C++ sparse: tail dropped from the gradient": (
         SPARSE,

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import fastkd
+from fastkd import teacher_cache
 from fastkd.bench import plots
 
 ROOT = Path(__file__).parent.parent
@@ -49,9 +50,20 @@ def test_plots_are_drawn_from_the_stored_results(docs):
             assert picture.text[plots.DRAWN_FROM] == drawn_from, "renew them with: python bench/docs.py"
 
 
-def test_every_python_block_runs():
+def stored(folder):
+    """A cache of two sequences, and hidden states for them as a batch."""
+    meta = teacher_cache.Meta(vocab=50, k=4, tokenizer="of the test")
+    with teacher_cache.Writer(folder, meta) as writer:
+        for tokens in (5, 3):
+            top = fastkd.topk(torch.randn(tokens, 50), 4)
+            writer.write(top.ids, top.log_probs, top.log_tail)
+    return {"tokenizer": "of the test", "h_s": torch.randn(2, 5, 8, requires_grad=True)}
+
+
+def test_every_python_block_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     h_s, W_s, b_s = torch.randn(5, 8), torch.randn(50, 8), torch.randn(50)
     names = {
         "torch": torch,
@@ -71,5 +83,12 @@ def test_every_python_block_runs():
         "my_function": fastkd.kd_loss,
     }
     for block in blocks:
+        if "teacher_cache" in block:
+            names |= stored(tmp_path / "teacher-cache")
         exec(block, names)
-    assert names["loss"].isfinite() and names["log_p"].shape == (5, 3) and h_s.grad.isfinite().all()
+    assert (
+        names["loss"].isfinite()
+        and names["log_p"].shape == (5, 3)
+        and h_s.grad.isfinite().all()
+        and names["teacher"].ids.shape == (2, 5, 4)
+    )

@@ -657,7 +657,7 @@ def test_float16_log_probs_do_not_cost_the_gradient_in_the_forward(backend, seed
     ("vocab", "k"),
     [(1, 1), (2, 1), (7, 7), (100, 25), (100, 26), (TILE, 1), (TILE + 1, 64), (5000, 4096), (50257, 64)],
 )
-@pytest.mark.parametrize("kind", ["normal", "ties", "equal", "-inf", "ascending", "descending"])
+@pytest.mark.parametrize("kind", ["normal", "ties", "equal", "-inf", "ascending", "descending", "apart"])
 def test_topk(engine, vocab, k, kind):
     x = {
         "normal": lambda: 3 * torch.randn(3, vocab),
@@ -666,6 +666,7 @@ def test_topk(engine, vocab, k, kind):
         "-inf": lambda: torch.randn(3, vocab).masked_fill(torch.arange(vocab) % 3 > 0, -INF),
         "ascending": lambda: torch.linspace(-9, 9, vocab).expand(3, -1),
         "descending": lambda: torch.linspace(9, -9, vocab).expand(3, -1),
+        "apart": lambda: -torch.rand(3, vocab) + 9 * (torch.arange(vocab) % max(vocab // k, 1) == 0),
     }[kind]()
     got = fastkd.topk(x, k, backend=engine)
     order = torch.sort(x, dim=-1, descending=True, stable=True).indices
