@@ -1,7 +1,9 @@
 """Renews every table and plot of the documents from the stored results: python bench/docs.py
 
-results/cpu-goals.json    bench/goals.py                        README.md, goals
-results/demo.json         a copy of what `make demo` writes     README.md, demo
+results/cpu-goals.json    bench/goals.py --only dense           README.md, goals
+results/sparse-goals.json bench/goals.py --only sparse          README.md, sparse
+results/cache.json        bench/cache.py                        README.md, sparse
+results/demo*.json        copies of what `make demo` writes     README.md, demo, demo-cached, demo-on-policy
 results/cpu-grid.json     fastkd bench --json                   bench/README.md, grid and plots
 """
 
@@ -13,12 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastkd import demo_cached_report, demo_on_policy
 from fastkd.bench import plots, report
 from fastkd.machine import line
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 GOALS, DEMO, GRID = RESULTS / "cpu-goals.json", RESULTS / "demo.json", RESULTS / "cpu-grid.json"
+SPARSE, CACHE = RESULTS / "sparse-goals.json", RESULTS / "cache.json"
 PLOTS = "cpu-grid-"  # what the names of the grid's plots begin with
 
 Result = dict[str, Any]
@@ -38,7 +42,8 @@ def faster(entry: Result, base: str) -> str:
 
 def shape(r: Result) -> str:
     hidden = "" if r["hidden"] is None else f", D {r['hidden']:,}"
-    return f"N {r['tokens']:,}{hidden}, V {r['vocab']:,}"
+    listed = f", K {r['top_k']:,}" if r.get("top_k") else ""
+    return f"N {r['tokens']:,}{hidden}, V {r['vocab']:,}{listed}"
 
 
 def goals_table(r: Result) -> str:
@@ -80,24 +85,43 @@ def goals_table(r: Result) -> str:
 
 def heads_lines(r: Result, floor: str, times: str, memory: str) -> list[str]:
     """Two heads: against the GEMMs, against F.kl_div, memory, and without reduction."""
-    v, dtype = r["variants"], r["dtype"]
-    fused, naive, wide = v["fused"], v["naive"], v.get("naive fp32")
-    size = 2 if dtype == "bf16" else 4
-    beside = fused["peak_bytes"] - r["dw_bytes"]
-    others = [x["peak_bytes"] - r["vocab"] * r["hidden"] * size for x in (naive, wide) if x is not None]
-    upcast = f"; with logits in float32 {ms(wide)}" if wide else ""
-    upcast_peak = f", with logits in float32 {mib(others[1])}" if wide else ""
-    ratios = [faster(fused, "naive"), *([faster(fused, "naive fp32")] if wide else [])]
-    each = v["fused each"]["ms"]["median"] / fused["ms"]["median"]
+    v = r["variants"]
+    each = v["fused each"]["ms"]["median"] / v["fused"]["ms"]["median"]
     return [
-        f"| `kd_loss(Head, Head)`, {dtype}, {shape(r)}: against its 4 bare GEMMs ({ms(v['gemms'])}) "
-        f"| {ms(fused)}, {fused['to_floor']:.2f} x | {floor} |",
-        f"| against `F.kl_div` in {dtype} ({ms(naive)}{upcast}) | {' and '.join(ratios)} faster | {times} |",
-        f"| extra peak memory: {mib(fused['peak_bytes'])}, of which dW and its sum {mib(r['dw_bytes'])}; "
-        f"`F.kl_div` without dW {mib(others[0])}{upcast_peak} "
-        f"| {mib(beside)}: {' and '.join(f'1/{x / beside:.1f}' for x in others)} | {memory} |",
+        floor_line("`kd_loss(Head, Head)`", r, "4 bare GEMMs", floor),
+        faster_line(f"`F.kl_div` in {r['dtype']}", v, times),
+        memory_line("`F.kl_div`", r, memory),
         f'| `reduction="none"` against the scalar loss | {each:.2f} x | at most 1.6 x |',
     ]
+
+
+def floor_line(name: str, r: Result, floor: str, goal: str) -> str:
+    """Against the GEMMs alone."""
+    fused, gemms = r["variants"]["fused"], r["variants"]["gemms"]
+    return (
+        f"| {name}, {r['dtype']}, {shape(r)}: against its {floor} ({ms(gemms)}) "
+        f"| {ms(fused)}, {fused['to_floor']:.2f} x | {goal} |"
+    )
+
+
+def faster_line(name: str, v: Result, goal: str) -> str:
+    """Against plain PyTorch."""
+    wide = f"; with logits in float32 {ms(v['naive fp32'])}" if "naive fp32" in v else ""
+    ratios = [faster(v["fused"], base) for base in ("naive", "naive fp32") if base in v]
+    return f"| against {name} ({ms(v['naive'])}{wide}) | {' and '.join(ratios)} faster | {goal} |"
+
+
+def memory_line(name: str, r: Result, goal: str) -> str:
+    """What is alive beside dW and its sum, against plain PyTorch."""
+    v, dw = r["variants"], r["vocab"] * r["hidden"] * (2 if r["dtype"] == "bf16" else 4)
+    beside = v["fused"]["peak_bytes"] - r["dw_bytes"]
+    others = [v[base]["peak_bytes"] - dw for base in ("naive", "naive fp32") if base in v]
+    wide = f", with logits in float32 {mib(others[1])}" if others[1:] else ""
+    return (
+        f"| extra peak memory: {mib(v['fused']['peak_bytes'])}, of which dW and its sum {mib(r['dw_bytes'])}; "
+        f"{name} without dW {mib(others[0])}{wide} "
+        f"| {mib(beside)}: {' and '.join(f'1/{x / beside:.1f}' for x in others)} | {goal} |"
+    )
 
 
 def large_lines(r: Result, case: Result) -> list[str]:
@@ -117,6 +141,54 @@ def growth_line(r: Result) -> str:
     tokens = {int(key.split()[1]): peak for key, peak in r["peak_bytes"].items() if key.startswith("tokens")}
     grown = ", ".join(f"N {n:,}: {mib(peak - n * hidden * 2)}" for n, peak in tokens.items())
     return f"| extra peak memory of bf16 heads with dW, without dH | {grown} | flat |"
+
+
+def sparse_table(r: Result) -> str:
+    """The goals of listed teachers, and of the cache if there is a result, as a markdown table."""
+    sparse, topk = r["cases"]["sparse"], r["cases"]["topk"]
+    lines = ["| listed teachers | measured | goal |", "|---|---|---|"]
+    lines.append(floor_line("`kd_loss(Head, TopK)`, forward and backward", sparse, "3 bare GEMMs", "at most 1.25 x"))
+    recipe = f"all logits in {sparse['dtype']}, log_softmax, gather"
+    lines.append(faster_line(recipe, sparse["variants"], "at least 3 x"))
+    if "trl" in sparse["variants"]:
+        trl = sparse["variants"]["trl"]
+        times = trl["ms"]["median"] / sparse["variants"]["fused"]["ms"]["median"]
+        lines.append(
+            f"| against TRL {r['peers']['trl']}'s chunked loss, in float32 ({ms(trl)}) | {times:.2f} x faster | |"
+        )
+    lines.append(memory_line("that recipe", sparse, "at most 1/8"))
+    lines.append(floor_line(f"`topk(Head, {topk['top_k']})`", topk, "one GEMM", "at most 1.5 x"))
+    lines.append(faster_line(f"all logits in {topk['dtype']}, log_softmax, topk", topk["variants"], ""))
+    notes = [f"{line(r['machine'])}. Medians of one run, the variants in turn (`make goals`)."]
+    if CACHE.exists():
+        cache = json.loads(CACHE.read_text())
+        lines += cache_lines(cache)
+        notes.append(f"The cache: {line(cache['machine'])}.")
+    return "\n".join([*lines, "", " ".join(notes)])
+
+
+def cache_lines(r: Result) -> list[str]:
+    """Rates on one core, and bytes of an entry."""
+    dtypes, k = r["dtypes"], r["settings"]["k"]
+
+    def all_of(figure: Callable[[Result], str]) -> str:
+        return ", ".join(f"{name} {figure(found)}" for name, found in dtypes.items())
+
+    def rate(kind: str) -> str:
+        return all_of(lambda found: f"{found['tokens_per_minute'][kind] / 1e6:.1f}")
+
+    def entry(stage: str) -> str:
+        return all_of(lambda found: f"{found['bytes_per_entry'][stage]:.2f}")
+
+    plain = f"{entry('values')}; as Parquet encodes them {entry('encoded')}"
+
+    return [
+        f"| teacher cache, K {k}, one core, millions of tokens a minute: written, after the model | {rate('write')} "
+        "| at least 1 |",
+        f"| read in order | {rate('read')} | at least 1 |",
+        f"| bytes of an entry before compression | {plain} | at most 4 with fp16, 3 with int8 |",
+        f"| bytes of an entry after zstd | {entry('compressed')} | |",
+    ]
 
 
 def demo_table(r: dict[str, Any]) -> str:
@@ -155,18 +227,23 @@ def grid_tables(r: Result) -> str:
 # (document, its block) -> the result, and how it is written
 BLOCKS: dict[tuple[Path, str], tuple[Path, Callable[[Result], str]]] = {
     (ROOT / "README.md", "goals"): (GOALS, goals_table),
+    (ROOT / "README.md", "sparse"): (SPARSE, sparse_table),
     (ROOT / "README.md", "demo"): (DEMO, demo_table),
+    (ROOT / "README.md", "demo-cached"): (RESULTS / "demo-cached.json", demo_cached_report.markdown),
+    (ROOT / "README.md", "demo-on-policy"): (RESULTS / "demo-on-policy.json", demo_on_policy.markdown),
     (ROOT / "bench" / "README.md", "grid"): (GRID, grid_tables),
 }
 DOCUMENTS = sorted({document for document, _ in BLOCKS})
 
 
 def renewed(document: Path) -> str:
-    """The text of a document with its tables made from the stored results."""
+    """The text of a document with its tables made from the stored results, where there is one."""
     text = document.read_text()
     for (where, name), (result, form) in BLOCKS.items():
-        if where == document:
+        if where == document and result.exists():
             begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+            if begin not in text:
+                raise ValueError(f"{document} must have a line {begin}, and {end} after it, for {result.name}")
             before, rest = text.split(begin)
             text = f"{before}{begin}\n{form(json.loads(result.read_text()))}\n{end}{rest.split(end)[1]}"
     return text

@@ -12,8 +12,7 @@ from fastkd.terminal import DTYPES
 
 
 def case(work, dtype):
-    hidden = 512 if WORKS[work].heads else None
-    return Case(work, 512, 16000, hidden, hidden, dtype)
+    return Case(work, 512, 16000, 512, 512, dtype, top_k=64).of_its_work()
 
 
 def cases():

@@ -11,7 +11,7 @@ nothing is downloaded. It ends with a table, demo.png and demo.json.
 Two more ways to learn, each with files of its own:
 
     --teacher cached   the teacher's top-k is stored first; a student for every K and tail, beside one from the teacher
-                       itself: what a cache takes, what it costs in quality, and which tail to use (10 minutes)
+                       itself: what a cache takes, what it costs in quality, and which tail to use (13 minutes)
     --on-policy        the student learns from its own samples by reverse KL, exact and beside its estimates k1, k2, k3
 """
 

@@ -1,5 +1,6 @@
 """Say how many bytes a distillation loss takes, with gradients to hidden states and head: materialised, as F.kl_div
-needs it, and fused; and how many tokens fit into a memory either way.
+needs it, and fused; and how many tokens fit into a memory either way. With --top-k the teacher is a TopK: known on so
+many entries of the vocabulary for each token, instead of by a head.
 
 Nothing is run. The bytes follow from the sizes, as the functions naive_bytes and fused_bytes of fastkd.plan derive
 them; tests hold them within 10% of measured peaks. Without --memory the budget is what this machine's device has left.
@@ -10,7 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -23,11 +25,16 @@ from fastkd.backends import BACKENDS
 from fastkd.machine import available_bytes
 from fastkd.problem import accumulation
 
-# [n, V] tensors in the accumulation dtype that rows_torch.divergence holds at its peak: logits, gradient, log q, log p
-# and h for the whole call; then p, log p - log q, the same where p > 0, and their product
-ROW_TENSORS = 9
+# [n, V] tensors in the accumulation dtype that a row op of rows_torch holds at its peak. divergence: logits, log q, log
+# p and h for the whole call; then p, log p - log q, the same where p > 0, and their product. sparse: logits, those over
+# T, the unlisted of them, their shares, and the gradient; then that over T, times the slope, times the factor
+ROW_TENSORS = 8
 # float32 rows [V] that each thread of the C++ row op keeps: e^x of the student and of the teacher
 THREAD_ROWS = 2
+
+ENTRY_BYTES = 8 + 2  # of a listed entry: id int64, log-probability float16
+# of one while it is checked: the ids in order int32; in float32 log p, p, p log p, what counts of it; three masks
+CHECK_BYTES = 4 + 4 * 4 + 3
 
 PLANNED = ("cpu", "torch")  # the backends whose row op the formulas know
 
@@ -40,12 +47,22 @@ def total(bytes: Bytes) -> int:
 
 
 def input_bytes(
-    tokens: int, vocab: int, hidden: int | None, teacher_hidden: int | None = None, dtype: torch.dtype = torch.bfloat16
+    tokens: int,
+    vocab: int,
+    hidden: int | None,
+    teacher_hidden: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    top_k: int | None = None,
 ) -> int:
-    """Bytes of hidden states [N, D] and heads [V, D] of both, or of both logits [N, V] where ``hidden`` is None."""
-    if hidden is None:
-        return 2 * tokens * vocab * dtype.itemsize
-    return (tokens + vocab) * (hidden + (teacher_hidden or hidden)) * dtype.itemsize
+    """Bytes of hidden states [N, D] and heads [V, D] of both, or of both logits [N, V] where ``hidden`` is None; of a
+    teacher that lists ``top_k`` entries its ids int64 and log-probabilities float16 [N, K]."""
+
+    def dense(d: int | None) -> int:
+        return (tokens * vocab if d is None else (tokens + vocab) * d) * dtype.itemsize
+
+    teacher = dense(teacher_hidden or hidden) if top_k is None else tokens * top_k * ENTRY_BYTES
+    return dense(hidden) + teacher
 
 
 def naive_bytes(
@@ -54,6 +71,9 @@ def naive_bytes(
     hidden: int | None,
     dtype: torch.dtype = torch.bfloat16,
     logits_dtype: torch.dtype | None = None,
+    *,
+    device: str = "cpu",
+    top_k: int | None = None,
 ) -> Bytes:
     """What is alive beside the inputs at the peak of the loss in plain PyTorch, forward and backward::
 
@@ -66,20 +86,34 @@ def naive_bytes(
     log-softmax its result, its gradient and that of the logits: 3 L. In that of the GEMM the gradient of the logits, in
     the GEMM's dtype, and dH and dW.
 
+    Of a teacher that lists ``top_k`` entries::
+
+        log_q = F.log_softmax((hidden @ weight.T).to(logits_dtype), -1).gather(-1, ids)  # [N, K]
+
+    and what follows is small. Instead of F.kl_div it is the backward of gather: the log-softmax and its gradient, which
+    the CPU sums in float32 beside if it has 16 bits: 2 or 4 L.
+
     Args:
         tokens, vocab, hidden: N, V, D; ``hidden`` None: the logits are given, and are inputs.
         dtype: of the inputs.
         logits_dtype: that the logits are cast to, such as torch.float32; None: ``dtype``.
+        device: "cpu", or any other type of device.
+        top_k: K; None: the teacher's logits are made, too.
     """
-    cast = logits_dtype is not None and logits_dtype != dtype
-    logits, raw = (tokens * vocab * x.itemsize for x in (logits_dtype or dtype, dtype))
-    forward: Bytes = {"logits": 2 * logits} if cast or hidden is not None else {}
-    forward |= {"log-softmaxes": 2 * logits, "factors in F.kl_div": 3 * logits}
-    softmax = {"log-softmax": logits, "its gradient": logits, "gradient of the logits": logits + (raw if cast else 0)}
+    wide = logits_dtype or dtype
+    logits, raw = (tokens * vocab * x.itemsize for x in (wide, dtype))
+    backward = {"log-softmax": logits, "its gradient": logits}
+    if top_k is None:
+        held = {"logits": 2 * logits} if hidden is not None or wide != dtype else {}
+        loss = held | {"log-softmaxes": 2 * logits, "factors in F.kl_div": 3 * logits}
+    else:
+        apart = device == "cpu" and wide.itemsize == 2
+        loss = backward | ({"sum of that in float32": 4 * tokens * vocab} if apart else {})
+    softmax = backward | {"gradient of the logits": logits}
     gemm = {"gradient of the logits": raw}
     if hidden is not None:
         gemm |= {"dH": tokens * hidden * dtype.itemsize, "dW": vocab * hidden * dtype.itemsize}
-    return max(forward, softmax, gemm, key=total)
+    return max(loss, softmax, gemm, key=total)
 
 
 def fused_bytes(
@@ -92,14 +126,16 @@ def fused_bytes(
     backend: str = "cpu",
     device: str = "cpu",
     chunk_tokens: int | None = None,
+    top_k: int | None = None,
 ) -> Bytes:
     """What is alive beside the inputs at the peak of :func:`fastkd.kd_loss`, forward and backward, forward KL.
 
-    With n = min(N, chunk_tokens) tokens in a chunk, the largest of three moments. In the row op: the chunk's logits of
-    student and teacher [n, V], dH [N, D], the sum of dW, and what the row op itself needs (C++: a row of each source
-    for every thread; torch: 9 tensors [n, V] in float32). While a chunk is folded into dW [V, D]: the same with a part
-    of dW instead. When the sum is rounded to dW: both. On a device memory counts when it is allocated, on the CPU when
-    it is first written. One chunk alone needs no sum: its GEMM writes dW.
+    With n = min(N, chunk_tokens) tokens in a chunk, the largest of these moments. In the row op: the chunk's logits of
+    student and teacher [n, V], dH [N, D], the sum of dW, and what the row op itself needs (C++: two rows for every
+    thread; torch: 8 tensors [n, V] in float32). While a chunk is folded into dW [V, D]: the same with a part of dW
+    instead. When the sum is rounded to dW: both. On a device memory counts when it is allocated, on the CPU when it is
+    first written. One chunk alone needs no sum: its GEMM writes dW. Before all that the CPU checks listed entries,
+    which outweighs the rest where they are many and the vocabulary is small.
 
     Args:
         tokens, vocab, hidden, teacher_hidden: N, V, the D of either; ``hidden`` None: the logits are given, and their
@@ -108,18 +144,21 @@ def fused_bytes(
         backend: "cpu" or "torch", whose row op and whose sum of dW are meant.
         device: "cpu", or any other type of device.
         chunk_tokens: as for kd_loss.
+        top_k: the teacher lists so many entries, and so has no logits; None: it has.
     """
     size = min(chunk_tokens or chunks.chunk_tokens(vocab), tokens)
     rows = _row_bytes(size, vocab, dtype, backend)
+    check = {"check of the entries": tokens * (top_k or 0) * CHECK_BYTES} if device == "cpu" else {}
     if hidden is None:
-        return {"gradient of the logits": tokens * vocab * dtype.itemsize, "row op": rows}
+        return max(check, {"gradient of the logits": tokens * vocab * dtype.itemsize, "row op": rows}, key=total)
     compute = torch.float32 if dtype == torch.float16 and device == "cpu" else dtype
     one, lazy, width = tokens <= size, device == "cpu", accumulation(dtype).itemsize
     extra = 0 if one and compute == dtype else sum_bytes(backend, dtype)
 
-    buffers = {f"{name}'s logits, a chunk": size * vocab * compute.itemsize for name in ("student", "teacher")}
+    widths = {"student": hidden} | ({"teacher": teacher_hidden or hidden} if top_k is None else {})
+    buffers = {f"{name}'s logits, a chunk": size * vocab * compute.itemsize for name in widths}
     if compute != dtype:
-        buffers["heads in float32"] = vocab * (hidden + (teacher_hidden or hidden)) * compute.itemsize
+        buffers["heads in float32"] = vocab * sum(widths.values()) * compute.itemsize
     dh = {"dH": tokens * hidden * dtype.itemsize}
     dw = {"dW": vocab * hidden * dtype.itemsize}
     summed = {"sum of dW, beside it": vocab * hidden * extra} if extra else {}
@@ -130,7 +169,7 @@ def fused_bytes(
     kept = dh | summed | ({} if lazy and extra == width else dw)
     in_row_op = buffers | ({} if lazy and one else kept) | {"row op": rows}
     folding = buffers | kept | ({} if direct else {"part of dW": part})
-    return max(in_row_op, folding, buffers | dh | summed | dw, key=total)
+    return max(check, in_row_op, folding, buffers | dh | summed | dw, key=total)
 
 
 def default_backend(dtype: torch.dtype, device: str) -> str:
@@ -154,27 +193,33 @@ def _row_bytes(size: int, vocab: int, dtype: torch.dtype, backend: str) -> int:
     return ROW_TENSORS * size * vocab * accumulation(dtype).itemsize
 
 
-def plans(
-    heads: terminal.Heads,
-    tokens: int,
-    dtype: torch.dtype,
-    backend: str,
-    device: str,
-    chunk_tokens: int | None,
-) -> dict[str, Bytes]:
+@dataclass(frozen=True)
+class Settings:
+    """What the loss is planned with, beside sizes and dtype."""
+
+    backend: str
+    device: str
+    chunk_tokens: int | None = None
+    top_k: int | None = None
+
+
+def plans(heads: terminal.Heads, tokens: int, dtype: torch.dtype, settings: Settings) -> dict[str, Bytes]:
     """naive, naive with float32 logits where that differs, and fused."""
     shape = tokens, heads.vocab, heads.hidden
-    found = {"naive": naive_bytes(*shape, dtype)}
+    naive = partial(naive_bytes, *shape, dtype, device=settings.device, top_k=settings.top_k)
+    found = {"naive": naive()}
     if dtype.itemsize == 2:
-        found["naive fp32"] = naive_bytes(*shape, dtype, torch.float32)
-    sizes = {"backend": backend, "device": device, "chunk_tokens": chunk_tokens}
-    return found | {"fused": fused_bytes(*shape, heads.teacher_hidden, dtype, **sizes)}  # type: ignore[arg-type]
+        found["naive fp32"] = naive(logits_dtype=torch.float32)
+    return found | {"fused": fused_bytes(*shape, heads.teacher_hidden, dtype, **asdict(settings))}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fastkd plan`."""
     parser.add_argument("--tokens", type=terminal.positive, nargs="+", metavar="N", default=[8192], help="tokens")
     terminal.head_arguments(parser)
+    parser.add_argument(
+        "--top-k", type=terminal.positive, metavar="K", default=None, help="entries of a listed teacher"
+    )
     parser.add_argument("--dtype", nargs="+", choices=terminal.DTYPES, default=["bf16"], help="of states and heads")
     parser.add_argument("--chunk-tokens", type=terminal.positive, metavar="N", default=None, help="as for kd_loss")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="planned for; need not be there")
@@ -194,14 +239,24 @@ def memory(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the plan; 0."""
-    if not terminal.heads(args, [], []):
+    heads = terminal.heads(args, [], [])
+    if not heads:
         args.fail("expected --model, or --vocab and --hidden")
+    if args.top_k is not None and (args.teacher_hidden or args.teacher_model):
+        args.fail("argument --top-k: expected no --teacher-hidden or --teacher-model beside it: it is the teacher")
+    check_top_k(args, min(h.vocab for h in heads))
     report = examine(args)
     if args.json:
         print(json.dumps(report, indent=1))
     else:
         show(report, Console())
     return 0
+
+
+def check_top_k(args: argparse.Namespace, vocab: int) -> None:
+    """A row has no more entries than the vocabulary."""
+    if args.top_k is not None and args.top_k > vocab:
+        args.fail(f"argument --top-k: expected at most the {vocab} entries of the vocabulary, got {args.top_k}")
 
 
 def examine(args: argparse.Namespace) -> dict[str, Any]:
@@ -212,21 +267,25 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
         dtype = terminal.DTYPES[name]
         backend = args.backend or default_backend(dtype, args.device)
         _check_backend(args, backend, dtype)
-        settings = backend, args.device, args.chunk_tokens
+        settings = Settings(backend, args.device, args.chunk_tokens, args.top_k)
+        teacher = {} if args.top_k is None else {"teacher_hidden": None, "teacher_model": None}
+        sizes = tokens, heads.vocab, heads.hidden, heads.teacher_hidden
         cases.append(
             {
                 "tokens": tokens,
                 **asdict(heads),
+                **teacher,
+                "top_k": args.top_k,
                 "dtype": name,
                 "backend": backend,
-                "input_bytes": input_bytes(tokens, heads.vocab, heads.hidden, heads.teacher_hidden, dtype),
+                "input_bytes": input_bytes(*sizes, dtype, top_k=args.top_k),
                 "plans": {
                     kind: {
                         "bytes": total(parts),
                         "parts": parts,
                         "tokens_that_fit": fit(heads, dtype, kind, settings, budget),
                     }
-                    for kind, parts in plans(heads, tokens, dtype, *settings).items()
+                    for kind, parts in plans(heads, tokens, dtype, settings).items()
                 },
             }
         )
@@ -248,16 +307,15 @@ def _left(args: argparse.Namespace) -> int | None:
     return available_bytes(args.device)
 
 
-def fit(
-    heads: terminal.Heads, dtype: torch.dtype, kind: str, settings: tuple[str, str, int | None], budget: int | None
-) -> int | None:
+def fit(heads: terminal.Heads, dtype: torch.dtype, kind: str, settings: Settings, budget: int | None) -> int | None:
     """The most tokens whose inputs and loss fit into the budget."""
     if budget is None:
         return None
 
     def fits(tokens: int) -> bool:
-        needed = total(plans(heads, tokens, dtype, *settings)[kind])
-        return needed + input_bytes(tokens, heads.vocab, heads.hidden, heads.teacher_hidden, dtype) <= budget
+        sizes = tokens, heads.vocab, heads.hidden, heads.teacher_hidden
+        inputs = input_bytes(*sizes, dtype, top_k=settings.top_k)
+        return total(plans(heads, tokens, dtype, settings)[kind]) + inputs <= budget
 
     low, high = 0, 1
     while fits(high):
@@ -272,10 +330,12 @@ def show(report: dict[str, Any], console: Console) -> None:
     """Prints the plan for people."""
     for case in report["cases"]:
         fused = case["plans"]["fused"]["bytes"]
-        models = case["model"] and " from ".join(dict.fromkeys((case["model"], case["teacher_model"])))
-        hidden = " and ".join(f"{d:,}" for d in dict.fromkeys((case["hidden"], case["teacher_hidden"])))
+        models = " from ".join(_different(case["model"], case["teacher_model"]))
+        hidden = " and ".join(f"{d:,}" for d in _different(case["hidden"], case["teacher_hidden"]))
         title = f"{models + ': ' if models else ''}{case['tokens']:,} tokens, vocabulary {case['vocab']:,}, "
-        title += f"hidden {hidden}, {case['dtype']}; the inputs take {terminal.size(case['input_bytes'])}"
+        title += f"hidden {hidden}, {case['dtype']}; "
+        title += "" if case["top_k"] is None else f"{case['top_k']:,} entries of the teacher; "
+        title += f"the inputs take {terminal.size(case['input_bytes'])}"
         table = Table("loss", "peak", "to fused", "tokens that fit", "alive at the peak", title=title)
         table.title_justify = "left"
         for column in table.columns[1:4]:
@@ -292,3 +352,8 @@ def show(report: dict[str, Any], console: Console) -> None:
     else:
         budget = terminal.size(report["memory"])
         console.print(f"Tokens whose inputs and loss fit into {budget} of {report['device']} memory.", highlight=False)
+
+
+def _different(*values: Any) -> list[Any]:
+    """Those that are there, each once."""
+    return [x for x in dict.fromkeys(values) if x is not None]

@@ -7,18 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import fastkd
 from fastkd import Head, bench, cli
 from fastkd.backends import BACKENDS, extension
-from fastkd.bench import measure, memory, peers, plots, report
+from fastkd.bench import measure, memory, peers, plots
 from fastkd.bench.peers import Peer
-from fastkd.bench.work import WORKS, Case, usual, variants
+from fastkd.bench.work import WORKS, Case, usual
 
 SMALL = ("--tokens", "48", "--vocab", "700", "--hidden", "32", "--rounds", "2", "--work", "heads")
 CASE = Case("heads", 48, 700, 32, 32, "fp32")
@@ -110,7 +110,7 @@ def test_compiled_and_per_token_losses(run):
 def test_what_is_measured_if_nothing_is_named():
     names = usual(Case("heads", 8, 16, 4, 4, "bf16"))
     assert names[:4] == ["fused", "naive", "naive fp32", "compiled"]
-    assert names[4:] == [peer.name for peer in peers.PEERS if peer.missing() is None]
+    assert names[4:] == [p.name for p in peers.PEERS if "heads" in p.works and p.missing() is None]
     assert usual(CASE, ("torch", "reference"), peers=False) == ["fused torch", "fused reference", "naive", "compiled"]
 
 
@@ -133,16 +133,47 @@ def test_models_give_the_sizes(monkeypatch):
     ]
     assert cli.main(["bench", "--model", "smollm2-135m", "--teacher-model", "smollm2-1.7b", "--no-peers"]) == 1
     assert (seen[-2].hidden, seen[-2].teacher_hidden) == (576, 2048)
+    listed = "--model", "smollm2-135m", "--work", "sparse", "topk", "heads", "--top-k", "32", "--no-peers"
+    assert cli.main(["bench", *listed, "--teacher-model", "smollm2-1.7b"]) == 1
+    assert [(c.teacher_hidden, c.teacher_model, c.top_k) for c in seen[-3:]] == [
+        *[(None, None, 32)] * 2,
+        (2048, "smollm2-1.7b", None),
+    ]
+
+
+def test_what_is_compared_smaller_is_said_and_timed_whole(run, monkeypatch):
+    monkeypatch.setattr(measure, "REFERENCE_WORK", 48 * 350 * 64)
+    _, result, out = run("--variants", "fused", "--dtype", "fp32")
+    assert result["cases"][0]["compared_at"] == {"tokens": 48, "vocab": 350, "hidden": 32, "teacher_hidden": 32}
+    assert "compared with float64 at tokens 48, vocab 350, hidden 32" in out
+    assert result["cases"][0]["variants"]["fused"]["status"] == "measured"
+
+
+def test_a_variant_that_a_work_does_not_have_is_said(run):
+    size = "--tokens", "8", "--vocab", "50", "--rounds", "1", "--dtype", "fp32"
+    _, result, out = run("--work", "logits", "--variants", "fused", "liger", size=size)
+    assert "logits: has no variant 'liger' in this dtype" in result["skipped"] and "no variant 'liger'" in out
 
 
 # --- peers -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(any(peer.missing() for peer in peers.PEERS), reason="liger-kernel is not installed")
+MISSING = {peer.distribution: peer.missing() is not None for peer in peers.PEERS}
+
+
+@pytest.mark.skipif(MISSING["liger-kernel"], reason="liger-kernel is not installed")
 def test_liger_computes_the_same(run):
     status, result, _ = run("--variants", "fused", "liger eager", size=SMALL)
     assert status == 0 and result["cases"][0]["variants"]["liger eager"]["status"] == "measured"
     assert result["peers"]["liger-kernel"]
+
+
+@pytest.mark.skipif(MISSING["trl"], reason="trl is not installed")
+def test_trl_computes_the_same(run):
+    status, result, _ = run("--work", "sparse", "--variants", "fused", "trl", "--dtype", "fp32")
+    entry = result["cases"][0]["variants"]["trl"]
+    assert status == 0 and entry["status"] == "measured" and max(entry["errors"].values()) < 1e-5
+    assert result["peers"]["trl"]
 
 
 def test_peers_that_fail_or_disagree_are_reported_and_the_rest_goes_on(run, given_peers):
@@ -193,17 +224,25 @@ def test_a_peer_that_is_not_installed_is_said(run, monkeypatch):
     _, result, _ = run("--variants", "fused")
     assert "absent: no-such-package is not installed" in result["skipped"]
     assert "absent" not in usual(CASE)
+    _, result, _ = run("--work", "kl_div", "--variants", "fused")  # which it does not have
+    assert not result["skipped"]
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
-def test_naive_that_does_not_fit(run, monkeypatch):
-    case = Case("heads", 48, 700, 32, 32, "bf16")
-    inputs = (48 + 700) * 64 * 2
-    needed = WORKS["heads"].planned(case, "naive fp32") + inputs
+LISTED = 48 * 64 * (8 + 2)  # ids and log-probabilities
+
+
+@pytest.mark.parametrize(("work", "inputs"), [("heads", 2 * 748 * 32 * 2), ("sparse", 748 * 32 * 2 + LISTED)])
+def test_naive_that_does_not_fit(run, monkeypatch, work, inputs):
+    case = Case(work, 48, 700, 32, 32, "bf16", top_k=64).of_its_work()
+    needed = WORKS[work].planned(case, "naive fp32") + inputs
+    monkeypatch.setattr(measure, "available_bytes", lambda device: needed)
+    _, result, _ = run("--work", work, "--dtype", "bf16", "--variants", "naive fp32")
+    assert result["cases"][0]["variants"]["naive fp32"]["status"] == "measured"
     monkeypatch.setattr(measure, "available_bytes", lambda device: needed - 1)
-    status, result, out = run("--dtype", "bf16", "--variants", "fused", "naive", "naive fp32")
+    status, result, out = run("--work", work, "--dtype", "bf16", "--variants", "fused", "naive", "naive fp32")
     entries = result["cases"][0]["variants"]
     assert status == 0 and entries["fused"]["status"] == entries["naive"]["status"] == "measured"
     assert entries["naive fp32"]["status"] == "does not fit" and "ms" not in entries["naive fp32"]
@@ -293,6 +332,8 @@ def test_interrupting_the_process(tmp_path):
         (["--backend", "abacus"], "argument --backend: expected one of"),
         (["--variants", "fused", "fastest"], "argument --variants: expected some of"),
         (["--tokens", "-3"], "argument --tokens: expected"),
+        (["--work", "topk", "--top-k", "0"], "argument --top-k: expected an integer above 0, got '0'"),
+        (["--work", "sparse", "--vocab", "50"], "argument --top-k: expected at most the 50 entries of the vocabulary"),
         (["--vocab", "many"], "argument --vocab: expected an integer above 0, got 'many'"),
         (["--rounds", "0"], "argument --rounds: expected an integer above 0, got '0'"),
         (["--model", "llama-3-8b", "--hidden", "64"], "argument --hidden: expected nothing beside --model"),
@@ -312,8 +353,6 @@ def test_bad_input(arguments, words, capsys, tmp_path):
 
 
 def test_a_backend_that_this_machine_cannot_have(monkeypatch, capsys):
-    from dataclasses import replace
-
     monkeypatch.setitem(BACKENDS, "cpu", replace(BACKENDS["cpu"], unavailable=lambda: "no compiler was here"))
     with pytest.raises(SystemExit) as end:
         cli.main(["bench", "--backend", "cpu"])
@@ -327,205 +366,3 @@ def test_plots_without_matplotlib(monkeypatch, capsys, tmp_path):
         cli.main(["bench", *SMALL, "--plots", str(tmp_path)])
     assert end.value.code == 2
     assert "argument --plots: plots need matplotlib: pip install 'fastkd[bench]'" in capsys.readouterr().err
-
-
-# --- the comparison, the clock and the arithmetic --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("work", ["heads", "logits"])
-def test_the_reference_is_plain_pytorch_in_float64_whatever_its_chunks(work, monkeypatch):
-    case = Case(work, 13, 50, 6, 6, "fp32")
-    inputs = WORKS[work].inputs(case)
-    wide = {k: x.detach().double().requires_grad_(x.requires_grad) for k, x in inputs.items()}
-    z_s, z_t = (
-        (wide["hidden"] @ wide["weight"].T, wide["teacher_hidden"] @ wide["teacher_weight"].T)
-        if work == "heads"
-        else wide.values()
-    )
-    loss = F.kl_div(z_s.log_softmax(-1), z_t.softmax(-1), reduction="batchmean")
-    loss.backward()
-    monkeypatch.setattr(measure, "REFERENCE_CHUNK", 4 * 50)  # 4 tokens, the last chunk 1
-    found = measure.reference(case, inputs)
-    torch.testing.assert_close(found.pop("loss"), loss.detach())
-    assert found.keys() == {k for k, x in inputs.items() if x.requires_grad}
-    for name, grad in found.items():
-        torch.testing.assert_close(grad, wide[name].grad)
-
-
-def sabotaged(how):
-    def loss(hidden, weight, teacher_hidden, teacher_weight):
-        student, teacher = Head(hidden, weight), Head(teacher_hidden, teacher_weight)
-        if how == "temperature":
-            return fastkd.kd_loss(student, teacher, temperature=1.3)
-        if how == "swapped":
-            return fastkd.kd_loss(student, teacher, "reverse_kl")
-        if how == "a token left out":
-            return fastkd.kd_loss(Head(hidden[:-8], weight), Head(teacher_hidden[:-8], teacher_weight))
-        if how == "no gradient of hidden":
-            return fastkd.kd_loss(Head(hidden.detach(), weight), teacher)
-        if how == "part of the vocabulary":
-            return fastkd.kd_loss(Head(hidden, weight[:600]), Head(teacher_hidden, teacher_weight[:600]))
-        return fused(hidden, weight, teacher_hidden, teacher_weight)
-
-    return loss
-
-
-SABOTAGE = ["temperature", "swapped", "a token left out", "no gradient of hidden", "part of the vocabulary"]
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("how", [*SABOTAGE, None])
-def test_the_comparison_catches_what_computes_something_else(how, dtype):
-    case = Case("heads", 48, 700, 32, 32, dtype)
-    inputs = WORKS["heads"].inputs(case)
-    found = measure.errors(sabotaged(how), inputs, measure.reference(case, inputs))
-    reason = measure.disagreement(found, measure.LIMITS[case.torch_dtype.itemsize])
-    assert (reason is None) == (how is None), f"{how}: {found}"
-
-
-def test_a_case_is_compared_smaller_where_float64_would_take_too_long():
-    assert measure.comparable(CASE) == CASE
-    large = measure.comparable(Case("heads", 4096, 128256, 2048, 8192, "bf16"))
-    assert (large.tokens, large.vocab, large.dtype) == (4096, 128256, "bf16")  # more than one chunk
-    assert large.hidden == large.teacher_hidden == 128
-    huge = measure.comparable(Case("logits", 2**18, 2**18, None, None, "fp32"))
-    assert huge.tokens * huge.vocab * 64 <= measure.REFERENCE_WORK and huge.hidden is None
-
-
-def test_what_is_compared_smaller_is_said_and_timed_whole(run, monkeypatch):
-    monkeypatch.setattr(measure, "REFERENCE_WORK", 48 * 350 * 64)
-    _, result, out = run("--variants", "fused", "--dtype", "fp32")
-    assert result["cases"][0]["compared_at"] == {"tokens": 48, "vocab": 350, "hidden": 32, "teacher_hidden": 32}
-    assert "compared with float64 at tokens 48, vocab 350, hidden 32" in out
-    assert result["cases"][0]["variants"]["fused"]["status"] == "measured"
-
-
-def test_ratios():
-    medians = {"fused": 10.0, "naive": 40.0, "naive fp32": 60.0, "compiled": 15.0, "gemms": 8.0}
-    entries = {name: {"status": "measured", "ms": {"median": value}} for name, value in medians.items()}
-    entries["liger"] = {"status": "fails", "reason": "no"}
-    measure.ratios(entries, "gemms")
-    assert entries["fused"]["faster_than"] == {"naive": 4.0, "naive fp32": 6.0, "compiled": 1.5}
-    assert entries["fused"]["to_floor"] == 1.25
-    assert entries["naive"]["faster_than"] == {"naive fp32": 1.5, "compiled": 0.375}
-    assert "to_floor" not in entries["liger"]
-    cells = report.cells({**entries["fused"], "ms": {"median": 10.0, "iqr": 1.0}, "peak_bytes": 3 * 2**20})
-    assert cells == ["10 ms", "10%", "3 MiB", "4.00x", "6.00x", "1.50x", "1.25x", "", ""]
-    del entries["gemms"]
-    measure.ratios(entries, "gemms")
-    assert entries["fused"]["to_floor"] is None
-
-
-def test_the_summary_of_rounds():
-    found = measure.summary([5.0, 1.0, 2.0, 4.0, 3.0])
-    assert found == {"median": 3.0, "min": 1.0, "max": 5.0, "iqr": 2.0, "rounds": 5}
-    assert measure.summary([7.0])["iqr"] == 0
-
-
-def test_variants_take_turns_and_the_first_round_is_not_counted():
-    order = []
-    runs = {name: (lambda name=name: order.append(name)) for name in "ab"}
-    *_, taken = measure.times(runs, 2)
-    assert order == list("ababab") and [len(values) for values in taken.values()] == [2, 2]
-
-
-def test_the_copy_moves_what_the_work_must_move():
-    inputs = WORKS["logits"].inputs(Case("logits", 4, 100, None, None, "bf16"))
-    copied = WORKS["logits"].make_floor(inputs)()
-    assert 2 * copied.nbytes == 3 * inputs["logits"].nbytes  # read and written; two inputs read, a gradient written
-
-
-def test_gemms_write_what_they_should():
-    inputs = WORKS["heads"].inputs(Case("heads", 5, 11, 3, 4, "fp32"))
-    run = WORKS["heads"].make_floor(inputs)
-    run()
-    logits, dh, dw = (
-        dict(zip(run.__code__.co_freevars, (c.cell_contents for c in run.__closure__)))[n]
-        for n in ("logits", "dh", "dw")
-    )
-    h, w = inputs["hidden"].detach(), inputs["weight"].detach()
-    torch.testing.assert_close(logits, h @ w.T)
-    torch.testing.assert_close(dh, logits @ w)
-    torch.testing.assert_close(dw, logits.T @ h)
-
-
-# --- tables and pictures ---------------------------------------------------------------------------------------------
-
-
-def made_up(*cases, value=1.0):
-    """A result in which every variant of every case was measured."""
-    records = []
-    for n, case in enumerate(cases):
-        record = measure.blank(case, [name for name in variants(case) if name not in ("fused cpu", "fused reference")])
-        for entry in record["variants"].values():
-            entry.update(status="measured", ms=measure.summary([value + n]), peak_bytes=2**24, planned_bytes=2**24)
-        measure.ratios(record["variants"], record["floor"])
-        records.append(record)
-    machine = bench.machine.describe()
-    return {"machine": machine, "complete": True, "skipped": [], "peers": {}, "cases": records}
-
-
-def test_a_plot_shows_the_sizes_with_most_points():
-    sizes = [(64, 100), (64, 200), (64, 400), (128, 100), (256, 100)]
-    result = made_up(*(Case("heads", n, v, 8, 8, "fp32") for n, v in sizes))
-    ((fixed, records),) = plots.series(result, "vocab", ("tokens", "hidden", "teacher_hidden")).values()
-    assert fixed["tokens"] == 64 and [r["vocab"] for r in records] == [100, 200, 400]
-    ((fixed, records),) = plots.series(result, "tokens", ("vocab", "hidden", "teacher_hidden")).values()
-    assert fixed["vocab"] == 100 and [r["tokens"] for r in records] == [64, 128, 256]
-
-
-def test_what_nobody_measured_is_not_drawn(tmp_path):
-    result = made_up(CASE)
-    for entry in result["cases"][0]["variants"].values():
-        entry["peak_bytes"] = None
-    assert [file.name for file in plots.draw(result, tmp_path)] == ["time.png", "floor.png"]
-    assert plots.draw({**result, "cases": []}, tmp_path) == []
-
-
-def test_a_changed_result_has_another_digest():
-    assert plots.digest(made_up(CASE)) != plots.digest(made_up(CASE, value=2.0))
-
-
-def test_markdown_has_a_table_for_each_work_and_every_reason():
-    result = made_up(CASE, Case("logits", 48, 700, None, None, "bf16"))
-    result["cases"][1]["variants"]["naive"] = {"status": "does not fit", "reason": "needs 9 GiB of 8 GiB available"}
-    text = report.markdown(result)
-    assert text.count("| shape | variant |") == 2
-    assert "| does not fit |" in text and "naive does not fit: needs 9 GiB of 8 GiB available" in text
-    widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
-    assert len(widths) == 1
-
-
-def test_the_table_of_goals_holds_every_goal(monkeypatch):
-    folder = Path(__file__).parent.parent / "bench"
-    monkeypatch.syspath_prepend(str(folder))
-    import docs
-    import goals
-
-    cases = {}
-    for name, (case, wanted, _) in goals.GOALS.items():
-        record = made_up(case)["cases"][0]
-        assert set(wanted) <= set(record["variants"])
-        cases[name] = {**record, "dw_bytes": 2**22}
-    peaks = {"large naive": 8e9, "large naive, planned": 7e9, **{f"tokens {n}": 2**28 for n in goals.GROWING}}
-    divergences = {d: {"forward_kl": {"median": 2.0}, "alpha_beta": {"median": 3.0}} for d in ("bf16", "fp32")}
-    machine = made_up()["machine"]
-    result = {
-        "machine": machine,
-        "cases": cases,
-        "divergences": divergences,
-        "peak_bytes": peaks,
-        "import_seconds": 0.1,
-    }
-    text = docs.goals_table(result)
-    for words in ("at most 1.25 x", "at least 8 x and 3 x", "under 1 GB", "SmolLM2-135M", "torch.compile", "0.10 s"):
-        assert words in text
-    assert "`alpha_beta`) against forward KL | 1.50 x" in text
-    for module in ("docs", "goals", "row_op"):
-        sys.modules.pop(module)
-
-
-def test_a_variant_that_a_work_does_not_have_is_said(run):
-    size = "--tokens", "8", "--vocab", "50", "--rounds", "1", "--dtype", "fp32"
-    _, result, out = run("--work", "logits", "--variants", "fused", "liger", size=size)
-    assert "logits: has no variant 'liger' in this dtype" in result["skipped"] and "no variant 'liger'" in out

@@ -18,15 +18,20 @@ MIB = 2**20
 # two chunks, of 1,024 and 512 tokens; one chunk; fewer tokens than the hidden size, where
 # dW is most of naive's peak; given logits
 SEVERAL, ONE, WIDE, GIVEN = (1536, 8192, 256), (512, 16384, 512), (64, 8192, 2048), (1024, 16384, None)
+MANY = (32768, 1024, 64)  # tokens, whose listed entries outweigh the logits of a chunk
 MEASURED = [
-    (Case("logits" if sizes[2] is None else "heads", *sizes, sizes[2], dtype), variant)
-    for sizes, dtype, variants in (
-        (SEVERAL, "bf16", ("naive", "naive fp32", "fused cpu", "fused torch")),
-        (SEVERAL, "fp32", ("naive", "fused cpu", "fused torch")),
-        (ONE, "bf16", ("fused cpu", "fused torch")),
-        (ONE, "fp16", ("fused cpu",)),
-        (WIDE, "bf16", ("naive",)),
-        (GIVEN, "bf16", ("naive", "fused cpu")),
+    (Case(work, *sizes, sizes[2], dtype, top_k=top_k).of_its_work(), variant)
+    for work, sizes, top_k, dtype, variants in (
+        ("heads", SEVERAL, None, "bf16", ("naive", "naive fp32", "fused cpu", "fused torch")),
+        ("heads", SEVERAL, None, "fp32", ("naive", "fused cpu", "fused torch")),
+        ("heads", ONE, None, "bf16", ("fused cpu", "fused torch")),
+        ("heads", ONE, None, "fp16", ("fused cpu",)),
+        ("heads", WIDE, None, "bf16", ("naive",)),
+        ("logits", GIVEN, None, "bf16", ("naive", "fused cpu")),
+        ("sparse", SEVERAL, 16, "bf16", ("naive", "naive fp32", "fused cpu", "fused torch")),
+        ("sparse", SEVERAL, 16, "fp32", ("naive",)),
+        ("sparse", MANY, 256, "bf16", ("fused cpu",)),
+        ("sparse_logits", GIVEN, 16, "bf16", ("naive",)),
     )
     for variant in variants
     if variant != "fused cpu" or extension()[0] is not None
@@ -58,6 +63,24 @@ def test_naive_by_hand():
     assert plan.total(plan.naive_bytes(n, v, None)) == 5 * n * v * 2
     few = 16  # dW outweighs the logits
     assert plan.total(plan.naive_bytes(few, v, d)) == (few * v + v * d + few * d) * 2
+
+
+def test_a_listed_teacher_by_hand():
+    n, v, d, k = 2048, 32000, 1024, 64
+    heads, logits = plan.input_bytes(n, v, d, top_k=k), plan.input_bytes(n, v, None, top_k=k)
+    assert heads == (n + v) * d * 2 + n * k * 10 and logits == n * v * 2 + n * k * 10
+    cpu, gpu = (plan.naive_bytes(n, v, d, device=device, top_k=k) for device in ("cpu", "cuda"))
+    assert cpu == {"log-softmax": n * v * 2, "its gradient": n * v * 2, "sum of that in float32": n * v * 4}
+    assert plan.total(gpu) == 3 * n * v * 2
+    assert plan.total(plan.naive_bytes(n, v, d, torch.bfloat16, torch.float32, top_k=k)) == 3 * n * v * 4
+    size = chunks.chunk_tokens(v)
+    of_torch = {"backend": "torch", "device": "cuda"}
+    with_head, listed = (plan.fused_bytes(n, v, d, **of_torch, top_k=k) for k in (None, k))
+    assert with_head.keys() - listed.keys() == {"teacher's logits, a chunk"}
+    assert listed["row op"] == plan.ROW_TENSORS * size * v * 4
+    many = plan.fused_bytes(10**6, 100, 8, backend="torch", top_k=k)
+    assert many == {"check of the entries": 10**6 * k * plan.CHECK_BYTES}
+    assert "row op" in plan.fused_bytes(10**6, 100, 8, **of_torch, top_k=k)  # a GPU is not made to wait for a check
 
 
 @pytest.mark.skipif(extension()[0] is None, reason="the C++ extension is not built")
@@ -106,6 +129,24 @@ def test_models_and_several_sizes(capsys):
             assert found["bytes"] == sum(found["parts"].values())
 
 
+def test_a_listed_teacher(capsys, monkeypatch):
+    sizes = "--model", "llama-3-8b", "--backend", "torch", "--memory", "80GiB"
+    with_head, listed = (report(capsys, *sizes, *more)["cases"][0] for more in ((), ("--top-k", "64")))
+    assert (with_head["top_k"], with_head["teacher_hidden"]) == (None, 4096)
+    assert (listed["top_k"], listed["teacher_hidden"], listed["teacher_model"]) == (64, None, None)
+    assert listed["input_bytes"] == with_head["input_bytes"] / 2 + 8192 * 64 * 10
+    for kind, found in listed["plans"].items():
+        assert found["bytes"] < with_head["plans"][kind]["bytes"]
+        assert found["tokens_that_fit"] > with_head["plans"][kind]["tokens_that_fit"]
+    fit = listed["plans"]["naive"]["tokens_that_fit"]
+    for tokens, fits in ((fit, True), (fit + 1, False)):
+        case = report(capsys, *sizes, "--top-k", "64", "--tokens", str(tokens))["cases"][0]
+        assert (case["input_bytes"] + case["plans"]["naive"]["bytes"] <= 80 * 2**30) == fits
+    monkeypatch.setenv("COLUMNS", "160")
+    assert cli.main(["plan", *sizes, "--top-k", "64"]) == 0
+    assert "hidden 4,096, bf16; 64 entries of the teacher; " in capsys.readouterr().out
+
+
 def test_for_people(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     assert cli.main(["plan", "--model", "llama-3-8b", "--tokens", "8192", "--memory", "80GiB", "--device", "cuda"]) == 0
@@ -136,6 +177,10 @@ def test_sizes_of_memory(text, count):
         (["--model", "llama-3-8b", "--vocab", "5"], "argument --vocab: expected nothing beside --model"),
         (["--model", "llama-3-8b", "--teacher-model", "qwen3-8b"], "vocabulary of 128256, got 'qwen3-8b' with 151936"),
         (["--teacher-model", "qwen3-8b"], "expected a --model to go with it"),
+        (["--vocab", "50", "--hidden", "8", "--top-k", "51"], "argument --top-k: expected at most the 50 entries"),
+        (["--vocab", "50", "--hidden", "8", "--top-k", "0"], "argument --top-k: expected an integer above 0, got '0'"),
+        (["--vocab", "50", "--hidden", "8", "--top-k", "5", "--teacher-hidden", "8"], "argument --top-k: expected no"),
+        (["--model", "qwen3-8b", "--top-k", "5", "--teacher-model", "qwen3-8b"], "argument --top-k: expected no"),
         (["--model", "llama-3-8b", "--tokens", "0"], "argument --tokens: expected an integer above 0, got '0'"),
         (["--model", "llama-3-8b", "--memory", "much"], "expected a size such as 80GiB, got 'much'"),
         (["--model", "llama-3-8b", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),

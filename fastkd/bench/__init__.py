@@ -6,25 +6,32 @@ that fails or does not fit into memory is reported, and the rest goes on. Ctrl-C
 1,024 tokens, vocabulary 32,000, hidden 1,024, bf16. Several sizes make a grid.
 
 work:
-  heads      kd_loss(Head, Head): forward KL from hidden states and heads
-  logits     kd_loss(logits, logits)
-  kl_div     kl_div(log_q, log_p), the drop-in
-  selected   selected_log_probs(Head, ids)
-  stats      token_stats(Head)
+  heads          kd_loss(Head, Head): forward KL from hidden states and heads
+  logits         kd_loss(logits, logits)
+  kl_div         kl_div(log_q, log_p), the drop-in
+  sparse         kd_loss(Head, TopK): the teacher is known on --top-k entries and on the mass that they leave
+  sparse_logits  kd_loss(logits, TopK)
+  selected       selected_log_probs(Head, ids)
+  stats          token_stats(Head)
+  topk           topk(Head, k), forward alone
 
 variants:
   fused          fastkd, on the backend that it chooses; "fused BACKEND" with --backend
   fused each     heads with reduction="none"; measured when it is named
-  naive          F.kl_div on logits in the inputs' dtype; "naive fp32": on logits cast to float32
+  naive          the same in plain PyTorch, on all logits in the inputs' dtype: log_softmax and F.kl_div, with gather
+                 between them for a listed teacher; "naive fp32": on logits cast to float32
   compiled       torch.compile of naive
-  liger          Liger's chunked loss as it comes, compiled; "liger eager": with compiled=False
+  liger          heads: Liger's chunked loss as it comes, compiled; "liger eager": with compiled=False
+  trl            sparse: the chunked loss of TRL's AsyncDistillationTrainer, in float32
 
 --json FILE holds machine (device, versions, commit), complete, skipped, peers (their versions), and cases. A case has
-its sizes, the name of its floor, compared_at (the size of the comparison with float64) and variants, each with:
+its sizes (null: its work does not have it), the name of its floor, compared_at (the size of the comparison with
+float64) and variants, each with:
   status         measured, fails, disagrees, does not fit, or not reached; reason for all but the first and last
   ms             median, min, max and iqr (interquartile range) in milliseconds, and the number of rounds
   peak_bytes     measured peak beside the inputs, gradients included; planned_bytes: what fastkd plan says
-  errors         relative error of the loss and of each gradient (2-norm); null: not finite
+  errors         relative error of the loss and of each gradient (2-norm); null: not finite. topk: of its
+                 log-probabilities, weighted by their ranks
   faster_than    how many times faster than naive, naive fp32 and compiled
   to_floor       time over the floor's time
 
@@ -41,7 +48,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fastkd import machine, terminal
+from fastkd import machine, plan, terminal
 from fastkd.bench import measure, plots, report
 from fastkd.bench.peers import PEERS
 from fastkd.bench.work import WORKS, Case, usual, variants
@@ -56,6 +63,7 @@ SIZES: dict[str, Any] = {
 }
 QUICK: dict[str, Any] = {"work": ["heads"], "tokens": [256], "vocab": [8192], "hidden": [256], "dtype": ["bf16"]}
 ROUNDS, QUICK_ROUNDS = 7, 3
+TOP_K = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", nargs="+", choices=WORKS, default=None, help="None: heads and logits")
     parser.add_argument("--tokens", type=terminal.positive, nargs="+", metavar="N", default=None, help="tokens")
     terminal.head_arguments(parser, "+")
+    listed = "entries of a listed teacher, and of topk"
+    parser.add_argument("--top-k", type=terminal.positive, metavar="K", default=TOP_K, help=listed)
     parser.add_argument("--dtype", nargs="+", choices=terminal.DTYPES, default=None, help="of the inputs")
     parser.add_argument("--device", type=terminal.device, default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument(
@@ -99,7 +109,8 @@ def run(args: argparse.Namespace) -> int:
         except plots.NoMatplotlib as error:
             args.fail(f"argument --plots: {error}")
     if not args.no_peers:
-        skipped += [reason for reason in (peer.missing() for peer in PEERS) if reason is not None]
+        peers = [peer for peer in PEERS if any(case.work in peer.works for case in cases)]
+        skipped += [reason for reason in (peer.missing() for peer in peers) if reason is not None]
     result = blank(args, skipped)
     rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
     try:
@@ -135,9 +146,10 @@ def grid(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
         before = len(cases)
         for h, tokens, dtype in product(heads, all_tokens, dtypes):
             case = Case(work, tokens, h.vocab, h.hidden, h.teacher_hidden, dtype, h.model, h.teacher_model)
-            if not WORKS[work].heads:
-                case = replace(case, hidden=None, teacher_hidden=None, model=None, teacher_model=None)
-            cases[replace(case, device=str(args.device))] = None
+            case = replace(case, device=str(args.device), top_k=args.top_k).of_its_work()
+            if case.top_k is not None:
+                plan.check_top_k(args, case.vocab)
+            cases[case] = None
         fewer = len(heads) * len(all_tokens) * len(dtypes) - (len(cases) - before)
         if fewer:
             skipped.append(f"{work}: {fewer} combinations left out, which differ from others in the hidden size alone")

@@ -34,15 +34,17 @@ BASELINES = ("naive", "naive fp32", "compiled")
 
 def comparable(case: Case) -> Case:
     """The case itself or, where its float64 reference would take too long, a smaller one: first in the hidden size."""
-    while case.tokens * case.vocab * max(case.hidden or 0, case.teacher_hidden or 0, SMALLEST_HIDDEN) > REFERENCE_WORK:
-        d, d_t = case.hidden or 0, case.teacher_hidden or 0
-        if max(d, d_t) > SMALLEST_HIDDEN:
-            case = replace(case, hidden=min(d, max(d, d_t) // 2), teacher_hidden=min(d_t, max(d, d_t) // 2))
+    while True:
+        hidden = {name: d for name in ("hidden", "teacher_hidden") if (d := getattr(case, name)) is not None}
+        widest = max([SMALLEST_HIDDEN, *hidden.values()])
+        if case.tokens * case.vocab * widest <= REFERENCE_WORK:
+            return case
+        if widest > SMALLEST_HIDDEN:
+            case = replace(case, **{name: min(d, widest // 2) for name, d in hidden.items()})
         elif case.vocab >= case.tokens:
             case = replace(case, vocab=case.vocab // 2)
         else:
             case = replace(case, tokens=case.tokens // 2)
-    return case
 
 
 def reference(case: Case, inputs: Inputs) -> dict[str, Tensor]:
@@ -62,7 +64,8 @@ def reference(case: Case, inputs: Inputs) -> dict[str, Tensor]:
         }
         share = min(rows, case.tokens - start) / case.tokens
         loss = work.naive(lambda z: z, **shared, **part) * share
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
         total += loss.detach()
         grads.append({k: x.grad for k, x in part.items() if x.grad is not None})
     found = {k: x.grad for k, x in shared.items() if x.grad is not None}
@@ -205,7 +208,8 @@ def _check_memory(entry: Record, case: Case, name: str, with_memory: bool) -> No
     entry["planned_bytes"] = planned = WORKS[case.work].planned(case, name)
     available = available_bytes(case.device)
     if planned is not None and available is not None:
-        needed = planned + plan.input_bytes(case.tokens, case.vocab, case.hidden, case.teacher_hidden, case.torch_dtype)
+        sizes = case.tokens, case.vocab, case.hidden, case.teacher_hidden
+        needed = planned + plan.input_bytes(*sizes, case.torch_dtype, top_k=case.top_k)
         if needed > available:
             reason = f"needs {size(needed)} of {size(available)} available"
             entry.update(status="does not fit", reason=reason)

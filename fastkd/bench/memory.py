@@ -29,11 +29,12 @@ class Died(Exception):
 
 
 def step(loss: Loss, inputs: Inputs) -> torch.Tensor:
-    """Forward and backward, with gradients in new memory."""
+    """Forward, and backward where an input learns, with gradients in new memory."""
     for x in inputs.values():
         x.grad = None
     value = loss(**inputs)
-    value.backward()
+    if value.requires_grad:
+        value.backward()
     return value.detach()
 
 

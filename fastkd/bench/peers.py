@@ -56,8 +56,26 @@ def _liger(compiled: bool) -> Callable[[], Callable[..., Tensor]]:
     return make
 
 
+def _trl() -> Callable[..., Tensor]:
+    """The loss of AsyncDistillationTrainer with beta=0, which there is forward KL, and its tail bucket; a mean over
+    tokens. TRL calls it experimental, and keeps it to itself."""
+    library: Any = import_module("trl.experimental.async_distillation.async_distillation_trainer")
+
+    def loss(hidden: Tensor, weight: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
+        settings = {"beta": 0.0, "temperature": 1.0, "add_tail_bucket": True, "teacher_id_idx": None, "num_teachers": 1}
+        total, *_ = library._chunked_jsd_loss(
+            *(hidden, weight, None, 1.0, None, ids, log_probs.float(), torch.ones_like(ids, dtype=torch.bool)),
+            **settings,
+            chunk_size=library._CHUNKED_LM_HEAD_CHUNK_SIZE,
+        )
+        return total / hidden.shape[0]
+
+    return loss
+
+
 # Liger's default compiles; whoever cannot compile switches that off
 PEERS: list[Peer] = [
     Peer("liger", "liger_kernel", "liger-kernel", {"heads": _liger(compiled=True)}),
     Peer("liger eager", "liger_kernel", "liger-kernel", {"heads": _liger(compiled=False)}),
+    Peer("trl", "trl", "trl", {"sparse": _trl}),
 ]

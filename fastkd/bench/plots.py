@@ -23,6 +23,7 @@ LOOKS: dict[str, tuple[str, str, str]] = {
     "compiled": ("#7a5ba8", "-", "^"),
     "liger": ("#2a9d8f", "-", "v"),
     "liger eager": ("#8ac6bf", "--", "P"),
+    "trl": ("#2a9d8f", "-", "v"),
     "gemms": ("#555b66", ":", "x"),
     "copy": ("#555b66", ":", "x"),
 }
@@ -85,7 +86,7 @@ def mebibytes(entry: Result) -> float | None:
 
 def time_figure(result: Result) -> Any:
     """Time against vocabulary, a panel for each work and dtype."""
-    labels = "vocabulary", "time, forward and backward, ms"
+    labels = "vocabulary", "time, forward and backward (topk: forward), ms"
     return _lines(result, "vocab", ("tokens", "hidden", "teacher_hidden"), milliseconds, "Time", labels)
 
 

@@ -18,17 +18,18 @@ Result = dict[str, Any]
 
 COLUMNS = ("time", "spread", "peak", "vs naive", "vs fp32", "vs compiled", "to floor", "loss error", "grad error")
 LEGEND = (
-    "Forward and backward. time: median of the rounds, in which the variants take turns; spread: interquartile range "
-    "over median. peak: memory beside the inputs, gradients included, each variant in a process of its own. vs: how "
-    "many times faster than F.kl_div in the inputs' dtype (naive), with logits cast to float32 (fp32), and than "
-    "torch.compile of naive. to floor: time over that of the bare GEMMs (gemms), or of a copy that moves the bytes "
-    "that must move (copy). Errors are relative, against float64; grad: the largest of the gradients', by the 2-norm."
+    "Forward and backward (topk: forward). time: median of the rounds, in which the variants take turns; spread: "
+    "interquartile range over median. peak: memory beside the inputs, gradients included, each variant in a process of "
+    "its own. vs: how many times faster than plain PyTorch in the inputs' dtype (naive), with logits cast to float32 "
+    "(fp32), and than torch.compile of naive. to floor: time over that of the bare GEMMs (gemms), or of a copy that "
+    "moves the bytes that must move (copy). Errors are relative, against float64; grad: the largest of the gradients', "
+    "by the 2-norm."
 )
 
 
 def case_of(record: Result) -> Case:
-    """The case of a record."""
-    return Case(**{name: record[name] for name in Case.__dataclass_fields__})
+    """The case of a record; what it does not say is as by default."""
+    return Case(**{name: record[name] for name in Case.__dataclass_fields__ if name in record})
 
 
 def milliseconds(value: float) -> str:
@@ -50,7 +51,7 @@ def cells(entry: Result) -> list[str]:
     peak = entry.get("peak_bytes")
     found = entry.get("errors", {})
     numbers = [found.get("loss")], [error for name, error in found.items() if name != "loss"]
-    shown = [_largest(errors) if found else "" for errors in numbers]
+    shown = [_largest(errors) if found and errors else "" for errors in numbers]
     return [first[0], first[1], "" if peak is None else size(peak), *ratios, *shown]
 
 

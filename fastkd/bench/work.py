@@ -10,19 +10,19 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
-from fastkd import Head, plan
+from fastkd import TopK, plan
 from fastkd.backends import BACKENDS, use_backend
+from fastkd.bench import losses
+from fastkd.bench.losses import Cast
 from fastkd.bench.peers import PEERS
 from fastkd.terminal import DTYPES
 
 Inputs = dict[str, Tensor]
-Loss = Callable[..., Tensor]  # inputs by name -> a scalar, the mean over tokens
+Loss = Callable[..., Tensor]  # inputs by name -> a scalar, the mean over tokens; without a gradient if none requires it
 Run = Callable[[], object]
-Cast = Callable[[Tensor], Tensor]  # of logits
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,13 @@ class Case:
     work: str
     tokens: int
     vocab: int
-    hidden: int | None  # None where the work has no heads
-    teacher_hidden: int | None
+    hidden: int | None  # None where the work has no head
+    teacher_hidden: int | None  # None where the teacher has none
     dtype: str
     model: str | None = None
     teacher_model: str | None = None
     device: str = "cpu"
+    top_k: int | None = None  # listed entries; None where the work lists none
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -49,11 +50,21 @@ class Case:
 
     def __str__(self) -> str:
         hidden = "" if self.hidden is None else f", hidden {self.hidden:,}"
-        if self.hidden != self.teacher_hidden:
+        if self.teacher_hidden not in (None, self.hidden):
             hidden += f" from {self.teacher_hidden:,}"
+        listed = "" if self.top_k is None else f", top {self.top_k:,}"
         models = " from ".join(dict.fromkeys(name for name in (self.model, self.teacher_model) if name))
         named = f"{models}: " if models else ""
-        return f"{self.work}, {self.dtype}, {named}{self.tokens:,} tokens, vocabulary {self.vocab:,}{hidden}"
+        return f"{self.work}, {self.dtype}, {named}{self.tokens:,} tokens, vocabulary {self.vocab:,}{hidden}{listed}"
+
+    def of_its_work(self) -> Case:
+        """The same without the sizes that the work does not have."""
+        work, found = WORKS[self.work], self
+        if work.heads < 2:
+            found = replace(found, teacher_hidden=None, teacher_model=None)
+        if work.heads < 1:
+            found = replace(found, hidden=None, model=None)
+        return found if work.lists else replace(found, top_k=None)
 
 
 @dataclass(frozen=True)
@@ -69,12 +80,13 @@ class Work:
     floor: str
     make_floor: Callable[[Inputs], Run]
     planned: Callable[[Case, str], int | None]  # bytes that a variant takes beside the inputs
-    heads: bool = True  # does the hidden size matter?
+    heads: int = 1  # the student's and the teacher's, the student's alone, or none
+    lists: bool = False  # does it list top_k entries?
     more: dict[str, Loss] = field(default_factory=dict)  # variants that are measured when they are named
 
 
-def _generator(case: Case) -> torch.Generator:
-    return torch.Generator(case.device).manual_seed(0)
+def _generator(case: Case, seed: int = 0) -> torch.Generator:
+    return torch.Generator(case.device).manual_seed(seed)
 
 
 def _normal(case: Case, g: torch.Generator, *shape: int, scale: float = 1.0, grad: bool = False) -> Tensor:
@@ -89,10 +101,6 @@ def _head(case: Case, g: torch.Generator, d: int | None, grad: bool) -> tuple[Te
     return hidden, _normal(case, g, case.vocab, d, scale=d**-0.5, grad=grad)
 
 
-def _as_is(z: Tensor) -> Tensor:
-    return z
-
-
 # --- kd_loss(Head, Head) ---------------------------------------------------------------------------------------------
 
 
@@ -103,26 +111,10 @@ def _two_heads(case: Case) -> Inputs:
     return {"hidden": hidden, "weight": weight, "teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
 
 
-def _fused_heads(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
-    return fastkd.kd_loss(Head(hidden, weight), Head(teacher_hidden, teacher_weight))
-
-
-def _fused_heads_each(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
-    return fastkd.kd_loss(Head(hidden, weight), Head(teacher_hidden, teacher_weight), reduction="none").mean()
-
-
-def _kl(z_s: Tensor, z_t: Tensor) -> Tensor:
-    log_q, log_p = F.log_softmax(z_s, -1), F.log_softmax(z_t, -1)
-    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-
-
-def _naive_heads(cast: Cast, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
-    return _kl(cast(hidden @ weight.T), cast(teacher_hidden @ teacher_weight.T))
-
-
 def _gemms(inputs: Inputs) -> Run:
-    """The GEMMs alone, each whole, into memory that is there: the logits of each head, dH and dW."""
-    x = {name: t.detach() for name, t in inputs.items()}
+    """The GEMMs alone, each whole, into memory that is there: the logits of each head; dH and dW where they are asked
+    for."""
+    x, learns = {name: t.detach() for name, t in inputs.items()}, inputs["hidden"].requires_grad
     h, w = x["hidden"], x["weight"]
     logits, dh, dw = h.new_empty(h.shape[0], w.shape[0]), torch.empty_like(h), torch.empty_like(w)
 
@@ -130,8 +122,9 @@ def _gemms(inputs: Inputs) -> Run:
         if "teacher_weight" in x:
             torch.mm(x["teacher_hidden"], x["teacher_weight"].T, out=logits)
         torch.mm(h, w.T, out=logits)
-        torch.mm(logits, w, out=dh)
-        torch.mm(logits.T, h, out=dw)
+        if learns:
+            torch.mm(logits, w, out=dh)
+            torch.mm(logits.T, h, out=dw)
 
     return run
 
@@ -139,14 +132,15 @@ def _gemms(inputs: Inputs) -> Run:
 def _planned(case: Case, variant: str) -> int | None:
     """Bytes by fastkd.plan, for heads and for given logits."""
     dtype, logits_dtype = case.torch_dtype, torch.float32 if variant == "naive fp32" else None
+    kind = torch.device(case.device).type
     if variant.startswith("naive"):
-        return plan.total(plan.naive_bytes(case.tokens, case.vocab, case.hidden, dtype, logits_dtype))
+        shape = case.tokens, case.vocab, case.hidden
+        return plan.total(plan.naive_bytes(*shape, dtype, logits_dtype, device=kind, top_k=case.top_k))
     if variant.startswith("fused") and not variant.endswith("each"):
-        kind = torch.device(case.device).type
         backend = variant.removeprefix("fused").strip() or plan.default_backend(dtype, kind)
         if backend in plan.PLANNED and BACKENDS[backend].unavailable() is None:
             sizes = case.tokens, case.vocab, case.hidden, case.teacher_hidden
-            return plan.total(plan.fused_bytes(*sizes, dtype, backend=backend, device=kind))
+            return plan.total(plan.fused_bytes(*sizes, dtype, backend=backend, device=kind, top_k=case.top_k))
     return None
 
 
@@ -165,19 +159,34 @@ def _two_log_probs(case: Case) -> Inputs:
 
 
 def _copy(inputs: Inputs) -> Run:
-    """A copy that moves as many bytes as the work must: both inputs read, the gradient written, so 3/2 as many read."""
-    size = next(iter(inputs.values())).numel() * 3 // 2
+    """A copy that moves as many bytes as the work must: all inputs read, the gradients written."""
     like = next(iter(inputs.values()))
+    size = sum(x.nbytes * (1 + x.requires_grad) for x in inputs.values()) // (2 * like.element_size())
     x, out = like.new_ones(size), like.new_ones(size)
     return lambda: out.copy_(x)
 
 
-def _fused_kl_div(log_q: Tensor, log_p: Tensor) -> Tensor:
-    return fastkd.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+# --- kd_loss(Head, TopK) and kd_loss(logits, TopK) -------------------------------------------------------------------
+
+TEACHER_STD = 4.0  # of the logits of a teacher that is listed: the 64 likeliest of 32,000 hold four fifths
+TEACHER_ROWS = 256  # of it that are alive at a time
 
 
-def _naive_kl_div(cast: Cast, log_q: Tensor, log_p: Tensor) -> Tensor:
-    return F.kl_div(cast(log_q), cast(log_p), reduction="batchmean", log_target=True)
+def _listed(case: Case) -> Inputs:
+    """The teacher's likeliest entries as a cache gives them: ids [N, K] int64, log-probabilities [N, K] float16"""
+    assert case.top_k is not None
+    g, found = _generator(case, 1), []
+    for start in range(0, case.tokens, TEACHER_ROWS):
+        shape = min(TEACHER_ROWS, case.tokens - start), case.vocab
+        z = torch.randn(shape, generator=g, device=case.device).mul_(TEACHER_STD)
+        found.append(z.log_softmax(-1).topk(case.top_k))
+    log_probs, ids = map(torch.cat, zip(*found))
+    return {"ids": ids, "log_probs": log_probs.half()}
+
+
+def _logits_and_listed(case: Case) -> Inputs:
+    logits = _normal(case, _generator(case), case.tokens, case.vocab, scale=2, grad=True)
+    return {"logits": logits, **_listed(case)}
 
 
 # --- the primitives --------------------------------------------------------------------------------------------------
@@ -193,25 +202,11 @@ def _head_and_ids(case: Case) -> Inputs:
     return {**_one_head(case), "ids": ids.to(case.device)}
 
 
-def _fused_selected(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    return fastkd.selected_log_probs(Head(hidden, weight), ids).mean()
-
-
-def _naive_selected(cast: Cast, hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    return F.log_softmax(cast(hidden @ weight.T), -1).gather(-1, ids).mean()
-
-
-def _fused_stats(hidden: Tensor, weight: Tensor) -> Tensor:
-    stats = fastkd.token_stats(Head(hidden, weight))
-    # the gradient of the largest jumps where two logits are rounded to one, so that none could be compared
-    return (stats.lse + stats.entropy + stats.max_log_prob.detach()).mean()
-
-
-def _naive_stats(cast: Cast, hidden: Tensor, weight: Tensor) -> Tensor:
-    z = cast(hidden @ weight.T)
-    log_q = F.log_softmax(z, -1)
-    entropy = -(log_q.exp() * log_q).sum(-1)
-    return (torch.logsumexp(z, -1) + entropy + log_q.max(-1).values.detach()).mean()
+def _frozen_head_and_ranks(case: Case) -> Inputs:
+    """A head that does not learn, and the ranks 1 to K."""
+    assert case.top_k is not None
+    hidden, weight = _head(case, _generator(case), case.hidden, False)
+    return {"hidden": hidden, "weight": weight, "ranks": torch.arange(1.0, case.top_k + 1, device=case.device)}
 
 
 def _at_least(tensors: int) -> Callable[[Case, str], int | None]:
@@ -229,12 +224,13 @@ _heads_work = Work(
     summary="kd_loss(Head, Head), forward KL",
     inputs=_two_heads,
     per_token=("hidden", "teacher_hidden"),
-    fused=_fused_heads,
-    naive=_naive_heads,
+    fused=losses.fused_heads,
+    naive=losses.naive_heads,
     floor="gemms",
     make_floor=_gemms,
     planned=_planned,
-    more={"fused each": _fused_heads_each},
+    heads=2,
+    more={"fused each": losses.fused_heads_each},
 )
 _logits_work = Work(
     name="logits",
@@ -242,11 +238,23 @@ _logits_work = Work(
     inputs=_two_logits,
     per_token=("logits", "teacher_logits"),
     fused=lambda logits, teacher_logits: fastkd.kd_loss(logits, teacher_logits),
-    naive=lambda cast, logits, teacher_logits: _kl(cast(logits), cast(teacher_logits)),
+    naive=lambda cast, logits, teacher_logits: losses.kl(cast(logits), cast(teacher_logits)),
     floor="copy",
     make_floor=_copy,
     planned=_planned,
-    heads=False,
+    heads=0,
+)
+_sparse_work = Work(
+    name="sparse",
+    summary="kd_loss(Head, TopK), forward KL, tail bucket",
+    inputs=lambda case: {**_one_head(case), **_listed(case)},
+    per_token=("hidden", "ids", "log_probs"),
+    fused=losses.fused_sparse,
+    naive=losses.naive_sparse,
+    floor="gemms",
+    make_floor=_gemms,
+    planned=_planned,
+    lists=True,
 )
 WORKS: dict[str, Work] = {
     work.name: work
@@ -259,17 +267,30 @@ WORKS: dict[str, Work] = {
             summary="kl_div(log_q, log_p), the drop-in",
             inputs=_two_log_probs,
             per_token=("log_q", "log_p"),
-            fused=_fused_kl_div,
-            naive=_naive_kl_div,
+            fused=losses.fused_kl_div,
+            naive=losses.naive_kl_div,
             planned=_at_least(3),  # exp(log_p), log_p - log_q, their product
+        ),
+        _sparse_work,
+        replace(
+            _sparse_work,
+            name="sparse_logits",
+            summary="kd_loss(logits, TopK), forward KL, tail bucket",
+            inputs=_logits_and_listed,
+            per_token=("logits", "ids", "log_probs"),
+            fused=lambda logits, ids, log_probs: fastkd.kd_loss(logits, TopK(ids, log_probs)),
+            naive=lambda cast, logits, ids, log_probs: losses.kl_listed(cast(logits), ids, log_probs),
+            floor="copy",
+            make_floor=_copy,
+            heads=0,
         ),
         Work(
             name="selected",
             summary="selected_log_probs(Head, ids)",
             inputs=_head_and_ids,
             per_token=("hidden", "ids"),
-            fused=_fused_selected,
-            naive=_naive_selected,
+            fused=losses.fused_selected,
+            naive=losses.naive_selected,
             floor="gemms",
             make_floor=_gemms,
             planned=_at_least(3),  # in the backward: log q, its gradient, the gradient of the logits
@@ -279,11 +300,23 @@ WORKS: dict[str, Work] = {
             summary="token_stats(Head)",
             inputs=_one_head,
             per_token=("hidden",),
-            fused=_fused_stats,
-            naive=_naive_stats,
+            fused=losses.fused_stats,
+            naive=losses.naive_stats,
             floor="gemms",
             make_floor=_gemms,
             planned=_at_least(4),  # logits, log q, q, their product
+        ),
+        Work(
+            name="topk",
+            summary="topk(Head, k), forward alone",
+            inputs=_frozen_head_and_ranks,
+            per_token=("hidden",),
+            fused=losses.fused_topk,
+            naive=losses.naive_topk,
+            floor="gemms",
+            make_floor=_gemms,
+            planned=_at_least(2),  # logits, log q
+            lists=True,
         ),
     )
 }
@@ -309,10 +342,10 @@ def variants(case: Case) -> dict[str, Callable[[], Loss]]:
     found: dict[str, Callable[[], Loss]] = {"fused": lambda: work.fused}
     found |= {f"fused {name}": lambda name=name: on(name) for name in BACKENDS}  # type: ignore[misc]
     found |= {name: lambda loss=loss: loss for name, loss in work.more.items()}  # type: ignore[misc]
-    found["naive"] = lambda: naive(_as_is)
+    found["naive"] = lambda: naive(losses.as_is)
     if case.torch_dtype.itemsize == 2:
         found["naive fp32"] = lambda: naive(Tensor.float)
-    found["compiled"] = lambda: torch.compile(naive(_as_is), dynamic=False)
+    found["compiled"] = lambda: torch.compile(naive(losses.as_is), dynamic=False)
     found |= {peer.name: lambda peer=peer: peer.loss(case.work) for peer in PEERS if case.work in peer.works}  # type: ignore[misc]
     return found
 
