@@ -26,6 +26,8 @@ LEFT_BEHIND = shutil.ignore_patterns("*.so", "__pycache__", ".*")
 QUICK = ["test_kd_loss.py::test_feature_with_the_default_chunk", "test_recipes.py", "test_inputs.py", "test_edges.py"]
 QUICK += [
     "test_sparse.py",
+    "test_topk.py",
+    "test_sparse_errors.py",
     "test_targets.py",
     "test_kd_loss.py::test_divergence_and_both_gradients",
     "test_kd_loss.py::test_sizes",
