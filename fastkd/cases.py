@@ -17,22 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd import divergences, kl, primitives, reference, targets
+from fastkd.cases_sparse import SPARSE_FEATURES, SPARSE_K, listed_diverging
 from fastkd.divergences import Divergence
 from fastkd.losses import kd_loss
 from fastkd.maker import Feature, Maker
-from fastkd.sources import TAILS, Head, Labels, Mixture, Samples
+from fastkd.sources import Head, Labels
 
 __all__ = ["KD_FEATURES", "OPS", "Maker", "Op", "kd_inputs"]
 
 
 def _heads(m: Maker, **kwargs: Any) -> dict[str, Any]:
     return {"student": m.head(m.hidden[0], True), "teacher": m.head(m.hidden[1], False), **kwargs}
-
-
-def _masked(m: Maker) -> Tensor:
-    w = m.uniform(0.2, 2.0)
-    w[::3] = 0
-    return w
 
 
 def _with_head(m: Maker, side: str, **changes: Any) -> dict[str, Any]:
@@ -63,22 +58,22 @@ KD_FEATURES: dict[str, Feature] = {
     "temperature per token": lambda m: _heads(m, temperature=m.uniform(0.5, 3.0)),
     "teacher temperature": lambda m: _heads(m, temperature=0.7, teacher_temperature=m.uniform(0.5, 3.0)),
     "t_squared": lambda m: _heads(m, temperature=m.uniform(0.5, 3.0), t_squared=True),
-    "weights": lambda m: _heads(m, weights=_masked(m)),
+    "weights": lambda m: _heads(m, weights=m.masked()),
     "labels": lambda m: _heads(m, labels=m.ids(ignored=True), label_weight=0.3, temperature=2.0, t_squared=True),
     "label_weight per token": lambda m: _heads(m, labels=m.ids(), label_weight=m.uniform(0.0, 1.0)),
-    "num_tokens": lambda m: _heads(m, num_tokens=2.5 * m.tokens, weights=_masked(m)),
+    "num_tokens": lambda m: _heads(m, num_tokens=2.5 * m.tokens, weights=m.masked()),
     "both receive gradients": lambda m: {"student": m.head(m.hidden[0], True), "teacher": m.head(m.hidden[1], True)},
     "logits": lambda m: {
         "student": m.logits(True),
         "teacher": m.logits(True),
         "temperature": 1.5,
-        "weights": _masked(m),
+        "weights": m.masked(),
     },
     "logits and head": lambda m: {"student": m.logits(True), "teacher": m.head(m.hidden[1], False)},
     "head and logits": lambda m: {
         "student": m.head(m.hidden[0], True),
         "teacher": m.logits(False),
-        "weights": _masked(m),
+        "weights": m.masked(),
     },
     "teacher labels": lambda m: {"student": m.head(m.hidden[0], True), "teacher": Labels(m.ids(ignored=True))},
     "teacher labels smoothed": lambda m: {
@@ -96,83 +91,8 @@ KD_FEATURES: dict[str, Feature] = {
     "target AddNoise": lambda m: _heads(m, target=targets.AddNoise(1.5, seed=7)),
     "target Power": lambda m: _heads(m, target=targets.Power(2.0), temperature=1.5),
     "target MixUniform": lambda m: _heads(m, target=targets.MixUniform(0.3), divergence="reverse_kl"),
+    **SPARSE_FEATURES,
 }
-
-SPARSE_K = 19  # odd, and no multiple of a vector
-
-
-def _sparse(m: Maker, teacher: Any, **kwargs: Any) -> dict[str, Any]:
-    return {"student": m.head(m.hidden[0], True), "teacher": teacher, **kwargs}
-
-
-def _listed(m: Maker, k: int = SPARSE_K, tail: str = "bucket", **kwargs: Any) -> dict[str, Any]:
-    return _sparse(m, m.top_k(min(k, m.vocab), tail), **kwargs)
-
-
-def _samples(m: Maker, normalize: bool) -> dict[str, Any]:
-    ids = m.ids(m.tokens, SPARSE_K)
-    ids[:, 1] = ids[:, 0]  # drawn twice
-    ids[::4, -1] = -1
-    weights = torch.rand(ids.shape, generator=m.generator, dtype=torch.float64).float().to(m.device) / SPARSE_K
-    return _sparse(m, Samples(ids, weights, normalize), temperature=1.5)
-
-
-def _mixture(m: Maker, **kwargs: Any) -> dict[str, Any]:
-    """Dense and sparse, with weights per token."""
-    uniform = m.top_k(min(SPARSE_K, m.vocab), "uniform")
-    samples = Samples(m.ids(m.tokens, 3), torch.ones(m.tokens, 3, device=m.device), normalize=True)
-    teachers: list[Any] = [m.head(m.hidden[1], False), m.logits(False), uniform, Labels(m.ids(), 0.1), samples]
-    weights = torch.stack([m.uniform(0.2, 1.0) for _ in teachers], -1)
-    return _sparse(m, Mixture(teachers, weights), **kwargs)
-
-
-KD_FEATURES |= {
-    **{f"top-k {tail}": partial(_listed, tail=tail) for tail in TAILS},
-    "top-k padded": lambda m: _sparse(m, m.top_k(min(SPARSE_K, m.vocab), padded=m.vocab > 1)),
-    "top-k without log_tail": lambda m: _without_tail(_listed(m, tail="uniform")),
-    "top-k of everything": lambda m: _everything(m),
-    "top-k of one": lambda m: _listed(m, 1, "uniform", divergence="cross_entropy"),
-    "top-k brought to another temperature": lambda m: _sparse(
-        m,
-        m.top_k(min(SPARSE_K, m.vocab), "renormalize", temperature=2.0),
-        temperature=m.uniform(0.5, 3.0),
-        t_squared=True,
-    ),
-    "top-k of both, brought to another temperature": lambda m: _sparse(
-        m,
-        m.top_k(min(SPARSE_K, m.vocab), "renormalize_both", temperature=0.5),
-        temperature=0.8,
-        teacher_temperature=m.uniform(0.5, 3.0),
-        divergence="reverse_kl",
-    ),
-    "top-k with labels": lambda m: _listed(
-        m, labels=m.ids(ignored=True), label_weight=0.3, weights=_masked(m), temperature=1.5, teacher_temperature=1.0
-    ),
-    "top-k with all of the head": lambda m: {
-        **_listed(m, divergence="jensen_shannon"),
-        "student": m.head(m.hidden[0], True, bias=m.normal(m.vocab), softcap=4.0, logit_scale=1.5),
-    },
-    "top-k uniform by another divergence": lambda m: _listed(m, tail="uniform", divergence="reverse_kl"),
-    "top-k transformed": lambda m: _listed(m, tail="uniform", target=targets.Interpolate(m.uniform(0.1, 0.9))),
-    "top-k and logits": lambda m: {
-        **_listed(m, divergence=0.4 * divergences.ReverseKL() + m.uniform(0.2, 1.0) * divergences.ForwardKL()),
-        "student": m.logits(True),
-    },
-    "samples": partial(_samples, normalize=False),
-    "samples normalized": partial(_samples, normalize=True),
-    "mixture": lambda m: _mixture(m, divergence="reverse_kl", temperature=1.5, teacher_temperature=1.0),
-    "mixture transformed": lambda m: _mixture(m, target=targets.MixUniform(0.3)),
-}
-
-
-def _everything(m: Maker) -> dict[str, Any]:
-    """K = V, of a vocabulary that is small enough."""
-    small = m.sized(vocab=min(m.vocab, 300))
-    return _sparse(small, small.top_k(small.vocab), divergence="jensen_shannon")
-
-
-def _without_tail(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {**inputs, "teacher": replace(inputs["teacher"], log_tail=None)}
 
 
 def _strided(m: Maker) -> dict[str, Any]:
@@ -185,7 +105,7 @@ def _strided(m: Maker) -> dict[str, Any]:
     return {
         "student": Head(hidden, weight),
         "teacher": Head(teacher.hidden[:1].expand(m.tokens, d_t), shifted),
-        "weights": _masked(m).repeat_interleave(2)[::2],
+        "weights": m.masked().repeat_interleave(2)[::2],
     }
 
 
@@ -235,7 +155,7 @@ KD_EDGES: dict[str, Feature] = {
         "teacher": m.normal(2, 3, m.tokens, m.vocab, scale=2.0, grad=False),
         "reduction": "batchmean",
     },
-    "chunks of 4 tokens": lambda m: _both_learn(m, weights=_masked(m), chunk_tokens=4),
+    "chunks of 4 tokens": lambda m: _both_learn(m, weights=m.masked(), chunk_tokens=4),
     "frozen weight": lambda m: _frozen(m, "weight"),
     "frozen hidden": lambda m: _frozen(m, "hidden"),
     "strides": _strided,
@@ -276,18 +196,9 @@ def _diverging(m: Maker, cls: type[Divergence]) -> dict[str, Any]:
     return {"student": student, "teacher": teacher, "divergence": divergence, "temperature": temperature}
 
 
-def _listed_diverging(m: Maker, cls: type[Divergence]) -> dict[str, Any]:
-    """Against logits that agree with the teacher in part, so that no ratio is extreme."""
-    teacher = m.top_k(min(SPARSE_K, m.vocab))
-    student = m.normal(m.tokens, m.vocab, scale=0.5)
-    with torch.no_grad():
-        student.scatter_add_(-1, teacher.ids, (teacher.log_probs + 8).to(student))
-    return {"student": student, "teacher": teacher, "divergence": _example(cls)}
-
-
 def _reduced(m: Maker, reduction: str) -> dict[str, Any]:
     labels = {"labels": m.ids(ignored=True), "label_weight": 0.3}
-    return _heads(m, temperature=1.5, weights=_masked(m), reduction=reduction, **labels)
+    return _heads(m, temperature=1.5, weights=m.masked(), reduction=reduction, **labels)
 
 
 def _kd_features() -> dict[str, Feature]:
@@ -297,7 +208,10 @@ def _kd_features() -> dict[str, Feature]:
         **KD_EDGES,
         **{f"reduction {r}": partial(_reduced, reduction=r) for r in ("none", "sum", "mean", "batchmean")},
         **{f"divergence {name}": partial(_diverging, cls=cls) for name, cls in divergences.REGISTRY.items()},
-        **{f"top-k by {name}": partial(_listed_diverging, cls=cls) for name, cls in divergences.REGISTRY.items()},
+        **{
+            f"top-k by {name}": lambda m, cls=cls: listed_diverging(m, _example(cls))  # type: ignore[misc]
+            for name, cls in divergences.REGISTRY.items()
+        },
     }
 
 

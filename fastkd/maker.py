@@ -40,6 +40,12 @@ class Maker:
         x = torch.rand(self.tokens, generator=self.generator, dtype=torch.float64) * (high - low) + low
         return x.to(torch.float32).to(self.device)
 
+    def masked(self) -> Tensor:
+        """Weights per token, some of them 0."""
+        w = self.uniform(0.2, 2.0)
+        w[::3] = 0
+        return w
+
     def ids(self, *shape: int, ignored: bool = False) -> Tensor:
         x = torch.randint(self.vocab, shape or (self.tokens,), generator=self.generator)
         if ignored:
