@@ -141,19 +141,19 @@ template <Kind K>
 void add_term(const Term& term, float weight, Outcomes& o, double& loss, double& total) {
   const float a = term.a, b = term.b;
   const float *lp = o.lp, *lq = o.lq, *p = o.p, *q = o.q;
-  float *h = o.h, sum_h = 0;
-  double sum_phi = 0;
+  float* h = o.h;
+  double sum_phi = 0, sum_h = 0;
   for (int64_t start = 0; start < o.n; start += BLOCK) {
     const int64_t end = smaller(o.n, start + BLOCK);
-    float part = 0;
-#pragma omp simd reduction(+ : part, sum_h)
+    float part_phi = 0, part_h = 0;
+#pragma omp simd reduction(+ : part_phi, part_h)
     for (int64_t i = start; i < end; i++) {
       const Point f = point<K>(lp[i], lq[i], p[i], q[i], a, b);
-      part += f.phi;
-      sum_h += f.h;
+      part_phi += f.phi;
+      part_h += f.h;
       h[i] += weight * f.h;
     }
-    sum_phi += part;
+    sum_phi += part_phi, sum_h += part_h;
   }
   loss += weight * sum_phi;
   total += weight * sum_h;
@@ -167,7 +167,8 @@ void gather(const SparseArgs& a, int64_t r, const Softmax& s, Outcomes& o, Scrat
   o.n = 0;
   for (int64_t k = 0; k < a.k; k++) {
     if (ids[k] < 0) continue;
-    const float e = w.es[ids[k]] * w.tiles[ids[k] / TILE].ws * s.scale();  // nearer to q than e^(log q), rounded
+    // nearer to q than e^(log q), rounded
+    const float e = a.rest == Rest::Out ? 0.f : w.es[ids[k]] * w.tiles[ids[k] / TILE].ws * s.scale();
     o.id[o.n] = ids[k], o.lp[o.n] = log_p[k], o.again[o.n] = w.et[ids[k]] != 0.f;
     o.lq[o.n] = take(a.s, r, ids[k], s, log_sum, w);
     o.q[o.n] = o.again[o.n] ? fastkd_exp(o.lq[o.n]) : e;
@@ -193,9 +194,11 @@ double rest_of_logs(const SparseArgs& a, int64_t r, const Softmax& s, double xs,
   const double log_sum = std::log(s.sum);
   double listed = 0;
   for (int64_t i = 0; i < o.n; i++) listed += o.lq[i];
-  double sum = xs - (double)a.vocab * log_sum - listed;
-  if (std::isfinite(sum)) return sum;
-  sum = 0;  // an entry of -inf is listed, perhaps
+  const double all = (double)a.vocab * log_sum;
+  double sum = xs - all - listed;
+  // not where little is left of large sums, nor where an infinity is listed
+  if (std::fabs(sum) > 0.01 * (std::fabs(xs) + std::fabs(all) + std::fabs(listed)) && std::isfinite(sum)) return sum;
+  sum = 0;
   for (int64_t v = 0; v < a.vocab; v += TILE) {
     const int64_t n = smaller(TILE, a.vocab - v);
     const float *z = load_logits(a.s, r, v, n, w.zs), *et = w.et + v;
@@ -239,6 +242,7 @@ void one_row(const SparseArgs& a, int64_t r, Outcomes& o, Scratch& w) {
       even -= weight * (float)u;
     }
   }
+  if (!whole && k == 0) loss = __builtin_nan("");
   const Label label(a, r, whole ? &s : nullptr, w.zs);
   if (label.weight != 0.f) loss += label.loss(a.s, r, w.zs);
   a.loss[r] = (float)loss;
@@ -250,7 +254,10 @@ void one_row(const SparseArgs& a, int64_t r, Outcomes& o, Scratch& w) {
       const float value = o.h[i] - (o.again[i] ? 0.f : o.q[i] * H) - (o.again[i] ? 0.f : even);
       w.et[o.id[i]] = o.again[i] ? w.et[o.id[i]] + value : value;
     }
-    if (!whole) __builtin_memset(w.es, 0, a.vocab * sizeof(float));
+    if (!whole) {  // what is not listed has no part, and where nothing is listed there is no softmax
+      for (int64_t v = 0; v < a.vocab; v++) w.es[v] = k == 0 ? __builtin_nanf("") : 0.f;
+      for (int64_t v = 0; v < a.vocab; v += TILE) w.tiles[v / TILE].ws = 0.f;
+    }
     const bool hard = label.weight != 0.f, plain = !hard && a.s.softcap == 0.f;
     const float f = plain ? s.inv * a.factor[r] * a.s.scale : s.inv;
     store_sparse(a, r, plain, a.factor[r], f, (float)c, even, hard ? &label : nullptr, w);

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 def build(args: argparse.Namespace) -> dict[str, Any]:
     """Everything between the options and the report, which is :meth:`Writer.report`."""
-    from fastkd.teacher_cache import Meta, Writer, tokenizer_hash
+    from fastkd.teacher_cache import Writer
 
     check_libraries(args.model)
     if not args.resume and any(args.out.glob("shard-*.parquet")):  # known before the teacher is loaded
@@ -100,15 +100,7 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
         read = stage("read the text", 1)
         input_ids = sequences(documents(args.text, args.jsonl, args.field), tokenizer, args.seq, args.limit)
         read(f"{input_ids.numel():,} tokens")
-        meta = Meta(
-            vocab=output_embeddings(model).weight.shape[0],
-            k=args.k,
-            temperature=args.temperature,
-            tail=args.tail,
-            log_probs=args.log_probs,
-            tokenizer=tokenizer_hash(tokenizer),
-            teacher=Path(args.model).name if Path(args.model).exists() else args.model,
-        )
+        meta = described(args, model, tokenizer)
         with Writer(args.out, meta, resume=args.resume) as writer:
             start = writer.sequences
             check_text(args.out, input_ids, start)
@@ -246,6 +238,26 @@ def load(name: str, dtype: torch.dtype, device: torch.device | str) -> tuple[Any
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False), tokenizer
 
 
+def described(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
+    """What all sequences have in common; a resumed capture must agree in it, so it names the model whole."""
+    from fastkd.teacher_cache import Meta, tokenizer_hash
+
+    path = Path(args.model)
+    dtype = str(dtype_of(args.dtype, args.device)).removeprefix("torch.")
+    try:
+        return Meta(
+            vocab=output_embeddings(model).weight.shape[0],
+            k=args.k,
+            temperature=args.temperature,
+            tail=args.tail,
+            log_probs=args.log_probs,
+            tokenizer=tokenizer_hash(tokenizer),
+            teacher=f"{path.resolve() if path.exists() else args.model}, {dtype}",
+        )
+    except ValueError as error:  # such as a k above the vocabulary
+        raise BuildError(str(error)) from None
+
+
 def dtype_of(name: str, device: torch.device | str) -> torch.dtype:
     """The dtype of that name; "auto" is the demo's choice on a CPU and bfloat16 elsewhere."""
     if name != "auto":
@@ -270,7 +282,8 @@ def sequences(texts: Iterable[str], tokenizer: Any, seq: int, limit: int | None 
     most = math.inf if limit is None else limit
     ids = array("i")
     for text in texts:
-        ids.extend((*tokenizer(text)["input_ids"], *end))
+        found = list(tokenizer(text)["input_ids"])
+        ids.extend(found if found[-1:] == end else found + end)
         if len(ids) >= most:
             break
     count = min(len(ids), most) // seq

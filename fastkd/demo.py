@@ -40,7 +40,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SIZES = {  # where the options say nothing
     "live": {"steps": 24, "batch": 4, "seq": 256, "held_out": 4096},
     "cached": {"steps": 20, "batch": 2, "seq": 256, "held_out": 2048},  # many students
-    "on-policy": {"steps": 16, "batch": 8, "seq": 128, "held_out": 2048},  # samples come a token at a time
+    "on-policy": {"steps": 6, "batch": 8, "seq": 128, "held_out": 2048},  # samples come a token at a time
 }
 
 

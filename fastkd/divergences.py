@@ -69,11 +69,13 @@ class Divergence:
     """One divergence. ``phi`` and ``h`` take log p and log q of any shape and work elementwise.
 
     ``exchanged`` is the divergence with the roles of p and q exchanged; it gives the gradient to the teacher.
-    ``rows_nonnegative`` tells tests whether the sum over a row of two distributions is never negative.
+    ``rows_nonnegative`` says whether the sum over a row of two distributions is never negative, ``infinite_without_p``
+    whether it is infinite where p is 0 and q is not.
     """
 
     name: ClassVar[str] = ""
     rows_nonnegative: ClassVar[bool] = True
+    infinite_without_p: ClassVar[bool] = False
 
     def phi(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         raise NotImplementedError
@@ -153,6 +155,7 @@ class ReverseKL(Divergence):
     """KL(q || p) = sum q (log q - log p): mode seeking (MiniLLM, on-policy distillation)."""
 
     name = "reverse_kl"
+    infinite_without_p = True
 
     def phi(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return _times(log_q.exp(), log_q - log_p)
@@ -315,6 +318,7 @@ class NeymanChiSquare(Divergence):
     """Neyman: sum (p - q)^2 / p, chi_square with the roles exchanged."""
 
     name = "neyman_chi_square"
+    infinite_without_p = True
 
     def phi(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return ChiSquare().phi(log_q, log_p)
@@ -340,6 +344,10 @@ class AlphaBeta(Divergence):
     def __post_init__(self) -> None:
         if 0 in (self.a, self.b, self.a + self.b) or not all(map(math.isfinite, (self.a, self.b))):
             raise ValueError(f"a, b and a + b must be finite and not 0, got a={self.a}, b={self.b}")
+
+    @property
+    def infinite_without_p(self) -> bool:  # type: ignore[override]
+        return self.a < 0 or self.a + self.b < 0
 
     def phi(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         a, b, c = self.a, self.b, self.a + self.b
@@ -397,6 +405,7 @@ class ReverseCrossEntropy(Divergence):
     """-sum q log p: reverse KL plus the student's entropy."""
 
     name = "reverse_cross_entropy"
+    infinite_without_p = True
 
     def phi(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return _times(log_q.exp(), -log_p)

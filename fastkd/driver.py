@@ -94,10 +94,11 @@ def _kd_chunk(
 
 
 def _not_below_zero(tail: str, row: Rows, loss: Tensor) -> Tensor:
-    """A divergence of outcomes that sum to 1 is not negative; what is, is rounding."""
+    """A divergence of outcomes that sum to 1 is not negative; what is a little below is rounding."""
     if tail == "drop" or row.labels is not None or not all(d.rows_nonnegative for d in row.divergences):
         return loss
-    return torch.where((row.term_weights >= 0).all(0), loss.clamp(min=0), loss)
+    rounding = (row.term_weights >= 0).all(0) & (loss >= -1e-5 * row.term_weights.sum(0))
+    return torch.where(rounding, loss.clamp(min=0), loss)
 
 
 def _rows_of(spec: KD, a: KDTensors, factor: Tensor, chunk: Chunk) -> Rows:

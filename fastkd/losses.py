@@ -80,8 +80,8 @@ def kd_loss(
             weights (the number of tokens not ignored, without weights; 0 where nothing is left); "batchmean" divides it
             by the size of the first dimension (1 where there is none), as ``F.kl_div`` does.
         num_tokens: the divisor of "mean" instead of the sum of the weights: the count over all micro-batches or ranks.
-        vocab: vocabularies of different size: "error"; "truncate" to the smaller and renormalise (listed ids beyond the
-            student's are left out); "pad" the smaller with entries of probability 0 (dense teachers).
+        vocab: vocabularies of different size: "error"; "truncate" to the smaller and renormalise (a TopK's ids
+            beyond the student's are left out); "pad" the smaller with entries of probability 0 (dense teachers).
         chunk_tokens: tokens whose logits are alive at a time; None: by the size of the vocabulary.
         backend: "reference", "torch", "cpu"; None: the first that can serve (see ``fastkd doctor``).
 
@@ -257,9 +257,8 @@ def _check_support(t: SparseSource, terms: tuple[Divergence, ...], vocab: int) -
     """Divergences that are infinite where the teacher has nothing and the student something."""
     if not isinstance(t.source, TopK) or t.source.tail != "renormalize" or t.ids.shape[-1] >= vocab:
         return
-    nothing, something = torch.tensor([-math.inf]), torch.tensor([-1.0])
     for d in terms:
-        if bool(d.phi(nothing, something).isinf()):
+        if d.infinite_without_p:
             raise ValueError(
                 f"divergence {d.name!r} is infinite where the teacher has no mass, so tail='renormalize' gives "
                 "infinity: use 'bucket', 'renormalize_both' or 'uniform'"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import checks
+from fastkd import checks, sparse
 from fastkd.problem import Mixed, Side, Sparse, Tensors
 from fastkd.sources import TAILS, Head, Labels, Mixture, Samples, TopK
 from fastkd.sparse import RENORMALIZED
@@ -185,8 +185,9 @@ class SparseSource:
             checks.all_values(self.values_name, "not negative", values, (values >= 0) | values.isnan() | (self.ids < 0))
         weights = values.to(row.dtype).masked_fill(self.ids < 0, 0.0)
         if source.normalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return ids, weights.log().reshape(ids.shape), None
+            total = weights.sum(-1, keepdim=True)
+            weights = weights / torch.where(total == 0, 1.0, total)
+        return ids, sparse.log(weights).reshape(ids.shape), None
 
     @staticmethod
     def _smoothed(smoothing: float, row: PerToken, vocab: int) -> tuple[Tensor, Tensor | None]:
@@ -246,7 +247,7 @@ class MixedSource:
             checks.all_values(name, "finite and not negative", given, (given >= 0) & given.isfinite())
             checks.all_values(name, "not all 0", given.sum(-1), given.sum(-1) > 0)
         w = given.to(row.dtype).expand(*row.lead, m).reshape(*row.size, m)
-        return (w.log() - w.sum(-1, keepdim=True).log()).movedim(-1, 0)
+        return (sparse.log(w) - w.sum(-1, keepdim=True).log()).movedim(-1, 0)
 
 
 def _member(name: str, source: Any) -> DenseSource | SparseSource:

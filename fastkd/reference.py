@@ -32,13 +32,13 @@ def kd(spec: KD, flat: Tensors) -> tuple[Tensor]:
     live = a.factor != 0
     keep = live.unsqueeze(-1)
     z_s = logits(spec.student, torch.where(keep, a.s_x, 0.0), a.s_w, a.s_b, spec.vocab)
-    s, loss = z_s / a.s_temperature.unsqueeze(-1), torch.zeros_like(a.factor)
+    s, loss = over(z_s, a.s_temperature), torch.zeros_like(a.factor)
     if isinstance(spec.teacher, Sparse):
         listed = sparse.listed(spec.teacher, _kept(a.teacher, live), a.t_temperature, spec.vocab)
-        log_p, log_q = sparse.outcomes(listed, s)
+        log_p, log_q = (torch.where(keep, x, 0.0) for x in sparse.outcomes(listed, s))
     else:
         z_t = teacher_logits(spec, spec.teacher, a.teacher, a.t_temperature, live)
-        t, log_q = z_t / a.t_temperature.unsqueeze(-1), s.log_softmax(-1)
+        t, log_q = over(z_t, a.t_temperature), s.log_softmax(-1)
         target = spec.build_target(tuple(x.unsqueeze(-1) for x in a.target))
         if target is not None:
             token = torch.arange(live.numel(), device=live.device).view(live.shape)
@@ -65,10 +65,15 @@ def teacher_logits(spec: KD, teacher: Side | Mixed, tensors: Tensors, temperatur
         if isinstance(member, Sparse):
             log_p = sparse.spread(sparse.listed(member, _kept(own, live), temperature, spec.vocab), spec.vocab)
         else:
-            log_p = teacher_logits(spec, member, own, temperature, live) / temperature.unsqueeze(-1)
-            log_p = log_p.log_softmax(-1)
+            log_p = over(teacher_logits(spec, member, own, temperature, live), temperature).log_softmax(-1)
         log_probs.append(log_p + log_weight.unsqueeze(-1))
-    return sparse.logsumexp(torch.stack(log_probs, -1)) * temperature.unsqueeze(-1)
+    return over(sparse.logsumexp(torch.stack(log_probs, -1)), 1 / temperature)
+
+
+def over(z: Tensor, temperature: Tensor) -> Tensor:
+    """z [B, N, V] / temperature [B, N]; -inf has no derivative by it."""
+    nothing = torch.isneginf(z)
+    return (z.masked_fill(nothing, 0.0) / temperature.unsqueeze(-1)).masked_fill(nothing, -torch.inf)
 
 
 def _kept(tensors: Tensors, live: Tensor) -> Tensors:
@@ -76,7 +81,7 @@ def _kept(tensors: Tensors, live: Tensor) -> Tensors:
     ids, log_probs, log_tail = tensors
     keep = live.unsqueeze(-1)
     tail = None if log_tail is None else torch.where(live, log_tail, 0.0)
-    return torch.where(keep, ids, -1), torch.where(keep, log_probs, -torch.inf), tail  # type: ignore[arg-type]
+    return torch.where(keep, ids, 0), torch.where(keep, log_probs, -torch.inf), tail  # type: ignore[arg-type]
 
 
 def select(spec: Select, flat: Tensors) -> tuple[Tensor]:

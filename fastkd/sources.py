@@ -69,7 +69,7 @@ class TopK:
     ====================  ============================================================================================
 
     and any other divergence is the same sum of its terms over the outcomes: the listed ones and, for bucket and
-    renormalize, all others as one.
+    renormalize, all others as one. For bucket and uniform p and R are divided by P + R, which is 1 but for rounding.
 
     Args:
         ids: [..., K] int32 or int64 in [0, V), in any order, each once in a row; -1 is padding.
@@ -77,7 +77,8 @@ class TopK:
         tail: see above.
         temperature: the one at which ``log_probs`` were computed. The renormalised tails can be brought to another one
             exactly; to the others another teacher_temperature is an error.
-        log_tail: [...] log R. None: log(1 - P), which 16-bit log-probabilities leave inexact.
+        log_tail: [...] log R, as :func:`fastkd.topk` and the teacher cache give it. None: log(1 - P), which rounding
+            leaves inexact: where P rounds to 1, R is 0, and divergences that divide by it (reverse KL) are infinite.
     """
 
     ids: Tensor
@@ -93,7 +94,8 @@ class Samples:
     cross-entropy. Its gradient is that of forward KL in expectation; its value lacks the teacher's entropy.
 
     Args:
-        ids: [..., K] int32 or int64 in [0, V), drawn from a proposal r; an id may stand twice; -1 is padding.
+        ids: [..., K] int32 or int64 in [0, V), drawn from a proposal r; an id may stand twice; -1 is padding. A row of
+            padding adds nothing.
         weights: [..., K], not negative: p(ids) / r(ids) / K, so 1 / K for samples of the teacher itself.
         normalize: divide the weights by their sum in each row.
     """

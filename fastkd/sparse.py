@@ -33,20 +33,25 @@ def listed(spec: Sparse, tensors: tuple[Tensor | None, ...], temperature: Tensor
     ids, log_p, log_tail = tensors
     assert ids is not None and log_p is not None
     log_p = log_p.to(accumulation(temperature.dtype))
+    known = (ids >= 0) & ~torch.isneginf(log_p)
+    log_p = log_p.masked_fill(~known, 0.0)
     if spec.stored is not None:
         log_p = log_p * (spec.stored / temperature).unsqueeze(-1)
-    known = (ids >= 0) & ~torch.isneginf(log_p)
-    there = known & (ids < vocab)  # vocab="truncate" leaves out what the student does not have
+    # what nobody could check is not taken for padding
+    wrong = (ids < (-1 if spec.padded else 0)) | ((ids >= vocab) & (not spec.truncate))
+    there = (known & (ids < vocab)) | wrong  # vocab="truncate" leaves out what the student does not have
+    log_p = log_p.masked_fill(~known, -torch.inf).masked_fill(wrong, torch.nan)
     kept = log_p.masked_fill(~there, -torch.inf)
-    ids = ids.long().masked_fill(~there, -1)
+    ids = ids.long().masked_fill(~there, -1).masked_fill(wrong, 0)
     if spec.tail == "drop":
         return Listed(spec.tail, ids, kept, None)
     log_mass = logsumexp(kept)
     if spec.tail in RENORMALIZED:
-        rest = torch.full_like(log_mass, -torch.inf) if spec.tail == "renormalize" else None
-        return Listed(spec.tail, ids, kept - log_mass.unsqueeze(-1), rest)
+        nothing = torch.isneginf(log_mass)  # no distribution: NaN
+        rest = torch.where(nothing, torch.nan, -torch.inf).to(log_mass) if spec.tail == "renormalize" else None
+        return Listed(spec.tail, ids, kept - log_mass.masked_fill(nothing, 0.0).unsqueeze(-1), rest)
     if log_tail is None:
-        log_rest = log1mexp(logsumexp(log_p.masked_fill(~known, -torch.inf)))
+        log_rest = log1mexp(logsumexp(log_p))
     else:
         log_rest = log_tail.to(log_mass.dtype)
     others = vocab - there.sum(-1)
@@ -79,8 +84,7 @@ def spread(t: Listed, vocab: int) -> Tensor:
     where = t.ids.masked_fill(t.ids < 0, vocab)  # a column more, for what is not listed
     shape = (*t.ids.shape[:-1], vocab + 1)
     if t.tail == "drop":  # an id may stand twice
-        p = t.log_p.new_zeros(shape).scatter_add(-1, where, t.log_p.exp())[..., :vocab]
-        return torch.where(p > 0, p, 1.0).log().masked_fill(p == 0, -torch.inf)
+        return log(t.log_p.new_zeros(shape).scatter_add(-1, where, t.log_p.exp())[..., :vocab])
     rest = -torch.inf if t.log_rest is None else t.log_rest.unsqueeze(-1)
     return (t.log_p.new_zeros(shape) + rest).scatter(-1, where, t.log_p)[..., :vocab]
 
@@ -104,42 +108,50 @@ def logsumexp(x: Tensor) -> Tensor:
 
 def log1mexp(x: Tensor) -> Tensor:
     """log(1 - e^x), for x >= 0 (1 but for rounding) -inf."""
-    y = torch.where(x < 0, x, -1.0)
-    log = torch.where(y > -math.log(2), (-y.expm1()).log(), (-y.exp()).log1p())
-    return torch.where(x < 0, log, torch.where(x.isnan(), x, -torch.inf))
+    near = (x < 0) & (x > -math.log(2))
+    far = (x < 0) & ~near
+    small, large = torch.where(near, x, -0.5), torch.where(far, x, -1.0)
+    result = torch.where(near, (-small.expm1()).log(), (-large.exp()).log1p())
+    return torch.where(x < 0, result, torch.where(x.isnan(), x, -torch.inf))
+
+
+def log(x: Tensor) -> Tensor:
+    """The logarithm of x >= 0, with finite gradients where x is 0."""
+    return torch.where(x == 0, 1.0, x).log().masked_fill(x == 0, -torch.inf)
 
 
 def check(name: str, spec: Sparse, tensors: tuple[Tensor | None, ...], live: Tensor, vocab: int) -> None:
     """What only a look at the values shows, in rows that count; on devices where a look costs nothing."""
-    ids, log_probs, log_tail = tensors
+    ids, log_probs, _ = tensors
     assert ids is not None and log_probs is not None
     if not checks.readable(*tensors, live):
         return
-    counts = live.unsqueeze(-1)
+    counts = live.unsqueeze(-1) & ~torch.isneginf(log_probs)
     top = vocab if not spec.truncate else torch.iinfo(ids.dtype).max
     lowest, other = (-1, "-1 for padding") if spec.padded else (0, "ignore_index")
     good = ~counts | ((ids >= lowest) & (ids < top))
     checks.all_values(f"{name}.ids", f"in [0, {vocab}) or {other}", ids, good)
     if spec.repeats:
         return
-    ordered = ids.int().sort(-1).values
-    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0) & counts
+    ordered = ids.masked_fill(~counts, -1).sort(-1).values
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
     checks.all_values(f"{name}.ids", "different from each other in a row", ordered[..., 1:], ~twice)
-    _check_mass(name, spec, ids, log_probs, log_tail, live)
+    _check_mass(name, spec, tensors, live, vocab)
 
 
-def _check_mass(name: str, spec: Sparse, ids: Tensor, log_probs: Tensor, log_tail: Tensor | None, live: Tensor) -> None:
+def _check_mass(name: str, spec: Sparse, tensors: tuple[Tensor | None, ...], live: Tensor, vocab: int) -> None:
     """Does each row sum to at most 1, with its tail to 1, but for rounding; is there mass where mass is divided by?"""
+    ids, log_probs, log_tail = tensors
+    assert ids is not None and log_probs is not None
     wide = log_probs.to(accumulation(log_probs.dtype)).masked_fill(ids < 0, -torch.inf)
     p = wide.exp()
     mass = p.sum(-1)
     if spec.tail in RENORMALIZED:
-        checks.all_values(
-            f"{name}.log_probs", f"of at least one entry in each row that counts for tail={spec.tail!r}", mass,
-            ~live | (mass != 0),
-        )  # fmt: skip
+        some = (((wide > -torch.inf) & (ids < vocab)) | wide.isnan()).any(-1)
+        what = f"of at least one entry in each row that counts for tail={spec.tail!r}"
+        checks.all_values(f"{name}.log_probs", what, mass, ~live | some)
     # whatever their dtype now, they may have been rounded to bfloat16: by 2^-9 |log p|, and here by twice that
-    slack = 2**-8 * -torch.where(p > 0, p * wide, 0.0).sum(-1).clamp(max=0) + 1e-5
+    slack = 2**-8 * -torch.where(p > 0, p * wide, 0.0).sum(-1).clamp(max=0) + 1e-4
     what = f"{name}.log_probs"
     checks.all_values(what, "of probabilities that sum to at most 1 in a row", mass, ~live | ~(mass > 1 + slack))
     if log_tail is not None:

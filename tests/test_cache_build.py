@@ -324,7 +324,7 @@ def test_end_to_end(teacher, file, llama, tmp_path, capsys):
         V,
         6,
         "renormalize",
-        "tiny-teacher",
+        f"{teacher}, float32",
     )
     ids = [*tokenizer(file.read_text())["input_ids"], 2]
     check(cache, llama, torch.tensor(ids[:100]).view(10, 10))

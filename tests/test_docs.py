@@ -56,7 +56,7 @@ def stored(folder):
     with teacher_cache.Writer(folder, meta) as writer:
         for tokens in (5, 3):
             top = fastkd.topk(torch.randn(tokens, 50), 4)
-            writer.write(top.ids, top.log_probs, top.log_tail)
+            writer.write(top.ids, top.log_probs, top.log_tail, torch.arange(tokens))
     return {"tokenizer": "of the test", "h_s": torch.randn(2, 5, 8, requires_grad=True)}
 
 

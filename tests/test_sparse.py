@@ -538,3 +538,96 @@ def test_float16_log_probs_do_not_cost_the_gradient_in_the_forward(backend, seed
     teacher = TopK(t.ids.int(), t.log_probs.half())
     student = m.head(24, True)
     assert gemms(lambda: fastkd.kd_loss(student, teacher, backend=backend).backward()) == 3
+
+
+# ---- found in review ----
+
+
+@tails
+def test_every_tail_compiles(tail):
+    torch._dynamo.reset()
+    teacher = TopK(torch.tensor([[0, 3], [6, 1]]), torch.tensor([[0.5, 0.3]]).log().repeat(2, 1), tail)
+    s = torch.randn(2, 7)
+    compiled = torch.compile(lambda x: fastkd.kd_loss(x, teacher), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(s), fastkd.kd_loss(s, teacher))
+
+
+def test_infinite_without_p_is_what_phi_does():
+    nothing, something = torch.tensor([-INF]), torch.tensor([-1.0])
+    for divergence, _ in formulas.FORMULAS.values():
+        for _, d in divergence.terms:
+            assert d.infinite_without_p == bool(d.phi(nothing, something).isinf())
+
+
+@pytest.mark.parametrize("tail", sparse.RENORMALIZED)
+def test_gradients_past_padding_and_ignored_tokens(tail):
+    """Of the temperature, of log_probs, and of weights: what is padding or ignored has none, and spoils none."""
+    x = torch.randn(3, 11, dtype=torch.float64)
+    ids = torch.tensor([[1, 2, -1], [4, 3, 5], [0, 7, 9]])
+    log_p = torch.tensor([[0.5, 0.2, 0.1], [0.4, 0.3, 0.0], [0.6, 0.2, 0.1]], dtype=torch.float64).log()
+    temperature = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    weights = torch.tensor([1.0, 1.0, 0.0])
+
+    def loss(temperature):
+        return fastkd.kd_loss(x, TopK(ids, log_p, tail), temperature=temperature, weights=weights, backend="reference")
+
+    assert torch.autograd.gradcheck(loss, temperature)
+
+
+def test_gradients_where_a_weight_is_0():
+    x, y = torch.randn(2, 4, 7, dtype=torch.float64)
+    given = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    loss = fastkd.kd_loss(x, Mixture([y, Labels(y.argmax(-1))], given), backend="reference")
+    assert torch.autograd.grad(loss, given)[0].isfinite().all()
+    drawn = torch.rand(4, 3, dtype=torch.float64).index_fill(1, torch.tensor([1]), 0.0).requires_grad_()
+    ids = torch.tensor([[0, 1, 2], [3, 4, -1], [5, 6, 0], [1, 3, 5]])
+    for normalize in (False, True):
+        loss = fastkd.kd_loss(x, Samples(ids, drawn, normalize), backend="reference")
+        assert torch.autograd.grad(loss, drawn)[0].isfinite().all()
+    sure = torch.tensor([[-1e-8]], requires_grad=True)
+    loss = fastkd.kd_loss(x[:1].float(), TopK(torch.tensor([[2]]), sure), backend="reference")
+    assert torch.autograd.grad(loss, sure)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("masked", [-1e9, -1e30])
+def test_an_even_tail_beside_a_masked_logit(engine, masked):
+    """The sum over what is not listed does not cancel against what is."""
+    x = torch.randn(1, 1000)
+    x[0, 5] = masked
+    teacher = TopK(torch.tensor([[5, 1, 2]]), torch.tensor([[-120.0, -1.2, -1.6]]), "uniform")
+    expected = fastkd.kd_loss(x.double(), TopK(teacher.ids, teacher.log_probs.double(), "uniform"), backend="reference")
+    torch.testing.assert_close(fastkd.kd_loss(x, teacher, backend=engine).double(), expected, rtol=1e-4, atol=0)
+
+
+def test_an_even_tail_over_few(engine):
+    """K near V: little is left of the sums over the row."""
+    x = torch.randn(2, 4096)
+    ids = torch.arange(4095).repeat(2, 1)
+    log_p = torch.full((2, 4095), 0.1 / 4095).log()
+    expected = fastkd.kd_loss(x.double(), TopK(ids, log_p.double(), "uniform"), backend="reference")
+    torch.testing.assert_close(
+        fastkd.kd_loss(x, TopK(ids, log_p, "uniform"), backend=engine).double(), expected, rtol=1e-4, atol=0
+    )
+
+
+@pytest.mark.parametrize("tail", sparse.RENORMALIZED)
+def test_nothing_is_left_of_a_row_that_is_truncated(any_backend, tail):
+    teacher = TopK(torch.tensor([[12, 13], [1, 2]]), torch.tensor([[-1.0, -2.0], [-1.0, -2.0]]), tail)
+    with pytest.raises(ValueError, match="at least one entry in each row"):
+        fastkd.kd_loss(torch.randn(2, 12), teacher, vocab="truncate", backend=any_backend)
+
+
+def test_padding_may_repeat_an_id_and_mass_may_be_tiny(any_backend):
+    s = torch.randn(1, 7)
+    log_p = torch.tensor([[-1.0, -INF, -INF]])
+    loss = fastkd.kd_loss(s, TopK(torch.tensor([[2, 0, 0]]), log_p), backend=any_backend)
+    torch.testing.assert_close(loss, fastkd.kd_loss(s, TopK(torch.tensor([[2]]), log_p[:, :1]), backend=any_backend))
+    tiny = TopK(torch.tensor([[2, 3]]), torch.tensor([[-120.0, -121.0]]), "renormalize")
+    assert fastkd.kd_loss(s, tiny, backend=any_backend).isfinite()
+
+
+def test_what_nobody_checked_is_nan():
+    """Under vmap values cannot be looked at: an id out of range is no padding."""
+    teacher = TopK(torch.tensor([[1, 99]]), torch.tensor([[0.5, 0.2]]).log())
+    losses = torch.func.vmap(lambda x: fastkd.kd_loss(x, teacher, backend="reference"))(torch.randn(3, 1, 7))
+    assert losses.isnan().all()

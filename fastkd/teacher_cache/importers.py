@@ -16,7 +16,8 @@ and what to do with the answer::
 
 Servers file a distribution under the token that it predicted, and nothing predicted the first token. Here row t is the
 distribution of token t + 1 given tokens 0 to t, where the student's hidden state t stands: entry i of a server becomes
-row i - 1, and the last row is empty. An empty row is all padding with log_tail 0, and adds nothing to a loss.
+row i - 1, and the last row is empty. An empty row is all padding with log_tail 0; give it weight 0:
+``weights=(ids >= 0).any(-1)``.
 
 Of a row the k likeliest entries are kept, equal ones by the smaller id. vLLM adds the prompt's own token where it is no
 longer among the n likeliest; it is an entry like the others, so it falls away at k = n and is one more at a larger k.

@@ -83,7 +83,8 @@ class TeacherCache(Dataset[Source]):
 
     def shuffled(self, seed: int = 0, shards: int = 4) -> list[int]:
         """All indices in a random order for ``DataLoader(sampler=...)``: shards are shuffled, and then the sequences
-        within every few of them, so that a shard is decoded once if as many are kept in memory."""
+        within every few of them, so that few shards are decoded again: batches that lie in two groups do that, and each
+        worker decodes for itself. A sampler repeats its order; make one of another seed for each epoch."""
         generator = np.random.default_rng(seed)
         spans = [np.arange(s.first, s.first + s.sequences) for s in self._shards]
         order = generator.permutation(len(spans))

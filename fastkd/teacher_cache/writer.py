@@ -67,6 +67,8 @@ class Writer:
             self.folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             raise CacheError(f"{self.folder}: expected a folder, got a file") from None
+        except OSError as error:
+            raise CacheError(f"{self.folder}: cannot be made: {error.strerror}") from None
         self._lock: Lock | None = Lock(self.folder)
         try:
             self._shards = self._existing(resume)
@@ -214,8 +216,11 @@ class Lock:
         self._file.flush()
 
     def release(self) -> None:
-        """Lets the next writer in."""
+        """Lets the next writer in, though a forked process may still hold the file."""
+        import fcntl
+
         self._file.truncate(0)
+        fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
 
 
