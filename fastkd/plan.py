@@ -33,8 +33,8 @@ ROW_TENSORS = 8
 THREAD_ROWS = 2
 
 ENTRY_BYTES = 8 + 2  # of a listed entry: id int64, log-probability float16
-# of one while it is checked: the ids in order int32; in float32 log p, p, p log p, what counts of it; three masks
-CHECK_BYTES = 4 + 4 * 4 + 3
+# of one while it is checked: in float32 log p, p, p log p, what counts of it; three masks
+CHECK_BYTES = 4 * 4 + 3
 
 PLANNED = ("cpu", "torch")  # the backends whose row op the formulas know
 

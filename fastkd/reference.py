@@ -32,13 +32,15 @@ def kd(spec: KD, flat: Tensors) -> tuple[Tensor]:
     live = a.factor != 0
     keep = live.unsqueeze(-1)
     z_s = logits(spec.student, torch.where(keep, a.s_x, 0.0), a.s_w, a.s_b, spec.vocab)
-    s, loss = over(z_s, a.s_temperature), torch.zeros_like(a.factor)
+    s, loss = z_s / a.s_temperature.unsqueeze(-1), torch.zeros_like(a.factor)
     if isinstance(spec.teacher, Sparse):
         listed = sparse.listed(spec.teacher, _kept(a.teacher, live), a.t_temperature, spec.vocab)
         log_p, log_q = (torch.where(keep, x, 0.0) for x in sparse.outcomes(listed, s))
     else:
         z_t = teacher_logits(spec, spec.teacher, a.teacher, a.t_temperature, live)
-        t, log_q = over(z_t, a.t_temperature), s.log_softmax(-1)
+        mixed = isinstance(spec.teacher, Mixed)
+        t = over(z_t, a.t_temperature) if mixed else z_t / a.t_temperature.unsqueeze(-1)
+        log_q = s.log_softmax(-1)
         target = spec.build_target(tuple(x.unsqueeze(-1) for x in a.target))
         if target is not None:
             token = torch.arange(live.numel(), device=live.device).view(live.shape)
@@ -64,8 +66,10 @@ def teacher_logits(spec: KD, teacher: Side | Mixed, tensors: Tensors, temperatur
     for (member, own), log_weight in zip(members, log_weights):
         if isinstance(member, Sparse):
             log_p = sparse.spread(sparse.listed(member, _kept(own, live), temperature, spec.vocab), spec.vocab)
+            log_p = torch.where(live.unsqueeze(-1), log_p, 0.0)
         else:
-            log_p = over(teacher_logits(spec, member, own, temperature, live), temperature).log_softmax(-1)
+            log_p = teacher_logits(spec, member, own, temperature, live) / temperature.unsqueeze(-1)
+            log_p = log_p.log_softmax(-1)
         log_probs.append(log_p + log_weight.unsqueeze(-1))
     return over(sparse.logsumexp(torch.stack(log_probs, -1)), 1 / temperature)
 

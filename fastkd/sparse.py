@@ -133,10 +133,15 @@ def check(name: str, spec: Sparse, tensors: tuple[Tensor | None, ...], live: Ten
     checks.all_values(f"{name}.ids", f"in [0, {vocab}) or {other}", ids, good)
     if spec.repeats:
         return
-    ordered = ids.masked_fill(~counts, -1).sort(-1).values
+    _check_repeats(name, ids, counts)
+    _check_mass(name, spec, tensors, live, vocab)
+
+
+def _check_repeats(name: str, ids: Tensor, counts: Tensor) -> None:
+    """Each id stands once in a row."""
+    ordered = ids.int().masked_fill_(~counts, -1).sort(-1).values
     twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
     checks.all_values(f"{name}.ids", "different from each other in a row", ordered[..., 1:], ~twice)
-    _check_mass(name, spec, tensors, live, vocab)
 
 
 def _check_mass(name: str, spec: Sparse, tensors: tuple[Tensor | None, ...], live: Tensor, vocab: int) -> None:
