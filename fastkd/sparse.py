@@ -33,12 +33,13 @@ def listed(spec: Sparse, tensors: tuple[Tensor | None, ...], temperature: Tensor
     ids, log_p, log_tail = tensors
     assert ids is not None and log_p is not None
     log_p = log_p.to(accumulation(temperature.dtype))
-    known = (ids >= 0) & ~torch.isneginf(log_p)
+    given = ~torch.isneginf(log_p)
+    known = (ids >= 0) & given
     log_p = log_p.masked_fill(~known, 0.0)
     if spec.stored is not None:
         log_p = log_p * (spec.stored / temperature).unsqueeze(-1)
     # what nobody could check is not taken for padding
-    wrong = (ids < (-1 if spec.padded else 0)) | ((ids >= vocab) & (not spec.truncate))
+    wrong = given & ((ids < (-1 if spec.padded else 0)) | ((ids >= vocab) & (not spec.truncate)))
     there = (known & (ids < vocab)) | wrong  # vocab="truncate" leaves out what the student does not have
     log_p = log_p.masked_fill(~known, -torch.inf).masked_fill(wrong, torch.nan)
     kept = log_p.masked_fill(~there, -torch.inf)
@@ -133,7 +134,7 @@ def check(name: str, spec: Sparse, tensors: tuple[Tensor | None, ...], live: Ten
     checks.all_values(f"{name}.ids", f"in [0, {vocab}) or {other}", ids, good)
     if spec.repeats:
         return
-    _check_repeats(name, ids, counts)
+    _check_repeats(name, ids, counts & (ids < vocab) if spec.truncate else counts)
     _check_mass(name, spec, tensors, live, vocab)
 
 
