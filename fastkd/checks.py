@@ -82,8 +82,10 @@ def _in_memory(t: Tensor) -> bool:
     ) and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
-def all_values(name: str, expected: str, value: Tensor, good: Tensor) -> None:
-    """Every entry of ``value`` must be ``good``; the error shows the first that is not."""
+def all_values(name: str, expected: str, value: Tensor, good: Tensor, at: tuple[int, ...] = ()) -> None:
+    """Every entry of ``value`` must be ``good``; the error shows the first that is not. ``at``: where ``value`` begins
+    in the tensor of that name, in its leading dimensions, of which ``value`` has the last alone."""
     if not bool(good.all()):
         bad = (~good).nonzero()[0].tolist()
-        raise ValueError(f"{name} must be {expected}, got {value[tuple(bad)].item()} at index {bad}")
+        index = [*at[:-1], at[-1] + bad[0], *bad[1:]] if at else bad
+        raise ValueError(f"{name} must be {expected}, got {value[tuple(bad)].item()} at index {index}")

@@ -33,8 +33,8 @@ ROW_TENSORS = 8
 THREAD_ROWS = 2
 
 ENTRY_BYTES = 8 + 2  # of a listed entry: id int64, log-probability float16
-# of one while it is checked: in float32 log p, p, p log p, what counts of it; three masks
-CHECK_BYTES = 4 * 4 + 3
+# of one in the chunk at work: id int64 and log p float32, of the outcomes and of what they are made from
+LISTED_BYTES = 2 * (8 + 4)
 
 PLANNED = ("cpu", "torch")  # the backends whose row op the formulas know
 
@@ -131,11 +131,10 @@ def fused_bytes(
     """What is alive beside the inputs at the peak of :func:`fastkd.kd_loss`, forward and backward, forward KL.
 
     With n = min(N, chunk_tokens) tokens in a chunk, the largest of these moments. In the row op: the chunk's logits of
-    student and teacher [n, V], dH [N, D], the sum of dW, and what the row op itself needs (C++: two rows for every
-    thread; torch: 8 tensors [n, V] in float32). While a chunk is folded into dW [V, D]: the same with a part of dW
-    instead. When the sum is rounded to dW: both. On a device memory counts when it is allocated, on the CPU when it is
-    first written. One chunk alone needs no sum: its GEMM writes dW. Before all that the CPU checks listed entries,
-    which outweighs the rest where they are many and the vocabulary is small.
+    student and teacher [n, V], dH [N, D], the sum of dW, what the row op itself needs (C++: two rows for every thread;
+    torch: 8 tensors [n, V] in float32), and entries [n, K] that a teacher lists. While a chunk is folded into dW
+    [V, D]: the same with a part of dW instead. When the sum is rounded to dW: both. On a device memory counts when it
+    is allocated, on the CPU when it is first written. One chunk alone needs no sum: its GEMM writes dW.
 
     Args:
         tokens, vocab, hidden, teacher_hidden: N, V, the D of either; ``hidden`` None: the logits are given, and their
@@ -147,10 +146,10 @@ def fused_bytes(
         top_k: the teacher lists so many entries, and so has no logits; None: it has.
     """
     size = min(chunk_tokens or chunks.chunk_tokens(vocab), tokens)
-    rows = _row_bytes(size, vocab, dtype, backend)
-    check = {"check of the entries": tokens * (top_k or 0) * CHECK_BYTES} if device == "cpu" else {}
+    listed = {} if top_k is None else {"listed entries, a chunk": size * top_k * LISTED_BYTES}
+    rows = listed | {"row op": _row_bytes(size, vocab, dtype, backend)}
     if hidden is None:
-        return max(check, {"gradient of the logits": tokens * vocab * dtype.itemsize, "row op": rows}, key=total)
+        return {"gradient of the logits": tokens * vocab * dtype.itemsize} | rows
     compute = torch.float32 if dtype == torch.float16 and device == "cpu" else dtype
     one, lazy, width = tokens <= size, device == "cpu", accumulation(dtype).itemsize
     extra = 0 if one and compute == dtype else sum_bytes(backend, dtype)
@@ -167,9 +166,9 @@ def fused_bytes(
 
     # a sum in a tensor of its own leaves dW unwritten until it is rounded; one beside dW lies partly in it
     kept = dh | summed | ({} if lazy and extra == width else dw)
-    in_row_op = buffers | ({} if lazy and one else kept) | {"row op": rows}
-    folding = buffers | kept | ({} if direct else {"part of dW": part})
-    return max(check, in_row_op, folding, buffers | dh | summed | dw, key=total)
+    in_row_op = buffers | ({} if lazy and one else kept) | rows
+    folding = buffers | listed | kept | ({} if direct else {"part of dW": part})
+    return max(in_row_op, folding, buffers | dh | summed | dw, key=total)
 
 
 def default_backend(dtype: torch.dtype, device: str) -> str:

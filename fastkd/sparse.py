@@ -16,6 +16,7 @@ from fastkd import checks
 from fastkd.problem import Sparse, accumulation
 
 RENORMALIZED = ("renormalize", "renormalize_both")
+CHECKED = 2**17  # entries at a time, when they are checked
 
 
 class Listed(NamedTuple):
@@ -122,30 +123,47 @@ def log(x: Tensor) -> Tensor:
 
 
 def check(name: str, spec: Sparse, tensors: tuple[Tensor | None, ...], live: Tensor, vocab: int) -> None:
-    """What only a look at the values shows, in rows that count; on devices where a look costs nothing."""
-    ids, log_probs, _ = tensors
-    assert ids is not None and log_probs is not None
+    """What only a look at the values shows, in rows that count [B, N]; on devices where a look costs nothing. A few
+    rows at a time, so that it takes no memory to speak of."""
+    ids = tensors[0]
+    assert ids is not None
     if not checks.readable(*tensors, live):
         return
+    rows = max(CHECKED // max(ids.shape[-1], 1), 1)
+    for b in range(live.shape[0]):
+        for n in range(0, live.shape[1], rows):
+            some = slice(n, n + rows)
+            _check_rows(
+                name, spec, tuple(None if t is None else t[b, some] for t in tensors), live[b, some], vocab, (b, n)
+            )
+
+
+def _check_rows(
+    name: str, spec: Sparse, tensors: tuple[Tensor | None, ...], live: Tensor, vocab: int, at: tuple[int, int]
+) -> None:
+    ids, log_probs, _ = tensors
+    assert ids is not None and log_probs is not None
     counts = live.unsqueeze(-1) & ~torch.isneginf(log_probs)
     top = vocab if not spec.truncate else torch.iinfo(ids.dtype).max
     lowest, other = (-1, "-1 for padding") if spec.padded else (0, "ignore_index")
     good = ~counts | ((ids >= lowest) & (ids < top))
-    checks.all_values(f"{name}.ids", f"in [0, {vocab}) or {other}", ids, good)
+    checks.all_values(f"{name}.ids", f"in [0, {vocab}) or {other}", ids, good, at)
     if spec.repeats:
         return
-    _check_repeats(name, ids, counts & (ids < vocab) if spec.truncate else counts)
-    _check_mass(name, spec, tensors, live, vocab)
+    _check_repeats(name, ids, counts & (ids < vocab) if spec.truncate else counts, at)
+    _check_mass(name, spec, tensors, live, vocab, at)
 
 
-def _check_repeats(name: str, ids: Tensor, counts: Tensor) -> None:
+def _check_repeats(name: str, ids: Tensor, counts: Tensor, at: tuple[int, int]) -> None:
     """Each id stands once in a row."""
     ordered = ids.int().masked_fill_(~counts, -1).sort(-1).values
     twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
-    checks.all_values(f"{name}.ids", "different from each other in a row", ordered[..., 1:], ~twice)
+    checks.all_values(f"{name}.ids", "different from each other in a row", ordered[..., 1:], ~twice, at)
 
 
-def _check_mass(name: str, spec: Sparse, tensors: tuple[Tensor | None, ...], live: Tensor, vocab: int) -> None:
+def _check_mass(
+    name: str, spec: Sparse, tensors: tuple[Tensor | None, ...], live: Tensor, vocab: int, at: tuple[int, int]
+) -> None:
     """Does each row sum to at most 1, with its tail to 1, but for rounding; is there mass where mass is divided by?"""
     ids, log_probs, log_tail = tensors
     assert ids is not None and log_probs is not None
@@ -155,13 +173,13 @@ def _check_mass(name: str, spec: Sparse, tensors: tuple[Tensor | None, ...], liv
     if spec.tail in RENORMALIZED:
         some = (((wide > -torch.inf) & (ids < vocab)) | wide.isnan()).any(-1)
         what = f"of at least one entry in each row that counts for tail={spec.tail!r}"
-        checks.all_values(f"{name}.log_probs", what, mass, ~live | some)
+        checks.all_values(f"{name}.log_probs", what, mass, ~live | some, at)
     # whatever their dtype now, they may have been rounded to bfloat16: by 2^-9 |log p|, and here by twice that
     slack = 2**-8 * -torch.where(p > 0, p * wide, 0.0).sum(-1).clamp(max=0) + 1e-4
     what = f"{name}.log_probs"
-    checks.all_values(what, "of probabilities that sum to at most 1 in a row", mass, ~live | ~(mass > 1 + slack))
+    checks.all_values(what, "of probabilities that sum to at most 1 in a row", mass, ~live | ~(mass > 1 + slack), at)
     if log_tail is not None:
         r = log_tail.to(mass.dtype).exp()
         slack = slack - 2**-8 * torch.where(r > 0, r * log_tail.to(mass.dtype), 0.0).clamp(max=0)
         good = ~live | ~((mass + r - 1).abs() > slack)
-        checks.all_values(f"{name}.log_tail", f"such that it and {what} sum to 1 in a row", mass + r, good)
+        checks.all_values(f"{name}.log_tail", f"such that it and {what} sum to 1 in a row", mass + r, good, at)

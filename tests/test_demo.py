@@ -1,6 +1,5 @@
 """The demo in pieces, on a model small enough to distil in a second."""
 
-import argparse
 import copy
 import json
 import subprocess
@@ -10,50 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
+from demo_cases import VOCABULARY, Letters, arguments, one_thread, silent, tiny_teacher  # noqa: F401 - a fixture
 
 from fastkd import Head, demo, demo_assets, demo_distill, demo_report
 from fastkd.machine import PeakMemory
 
-VOCABULARY = 101  # a prime: no multiple of any tile
-
-
-class Letters:
-    """A tokenizer with a token for each character code."""
-
-    eos_token_id = 0
-
-    def __call__(self, text):
-        return {"input_ids": [1 + ord(letter) % (VOCABULARY - 1) for letter in text]}
-
-
-def silent(name, total):
-    return lambda note="": None
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On tensors as small as these, threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 @pytest.fixture(scope="module")
 def teacher():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=6,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        initializer_range=0.3,  # large enough for distributions that are far from uniform
-        tie_word_embeddings=True,
-    )
-    return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    return tiny_teacher()
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +29,6 @@ def topics():
         return " ".join(words[i] for i in torch.randint(len(words), (30,), generator=generator))
 
     return {f"topic {i:02}": "\n\n".join(paragraph() for _ in range(4)) for i in range(16)}
-
-
-def arguments(*argv):
-    parser = argparse.ArgumentParser()
-    demo.add_arguments(parser)
-    return parser.parse_args(argv)
 
 
 def small(*argv):

@@ -1,70 +1,29 @@
 """The demo from a stored teacher, and on the student's own samples, on a model small enough to distil in a second."""
 
-import argparse
 import copy
 import json
 from dataclasses import replace
 
 import pytest
 import torch
-import transformers
+from demo_cases import VOCABULARY, Letters, arguments, one_thread, silent, tiny_teacher  # noqa: F401 - a fixture
 
 import fastkd
 from fastkd import TopK, demo, demo_assets, demo_cached, demo_cached_report, demo_distill, demo_on_policy
 from fastkd.sources import TAILS
 
-VOCABULARY = 101  # a prime: no multiple of any tile
 KS = (2, 7, VOCABULARY)
-
-
-class Letters:
-    """A tokenizer with a token for each character code."""
-
-    eos_token_id = 0
-
-    def __call__(self, text):
-        return {"input_ids": [1 + ord(letter) % (VOCABULARY - 1) for letter in text]}
-
-
-def silent(name="", total=0):
-    return lambda note="": None
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On tensors as small as these, threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def teacher():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=6,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        initializer_range=0.3,  # large enough for distributions that are far from uniform
-        tie_word_embeddings=True,
-    )
-    return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    return tiny_teacher()
 
 
 TOPICS = {
     f"topic {i:02}": "\n\n".join(f"{i} students learn {i * j} things from teacher {j}" for j in range(9))
     for i in range(16)
 }
-
-
-def arguments(*argv):
-    parser = argparse.ArgumentParser()
-    demo.add_arguments(parser)
-    return parser.parse_args(argv)
 
 
 def small(*argv):
