@@ -21,10 +21,11 @@ from typing import Any
 import docs
 from row_op import row_op
 
-from fastkd import divergences, machine, plan
+from fastkd import divergences, machine, rows_cpu
 from fastkd.bench import measure, memory
 from fastkd.bench.peers import PEERS
 from fastkd.bench.work import WORKS, Case
+from fastkd.chunks import sum_bytes
 from fastkd.terminal import DTYPES, write_json
 
 Goals = dict[str, tuple[Case, tuple[str, ...], float]]  # name -> case, variants, rounds for each round asked for
@@ -104,7 +105,8 @@ def measure_cases(file: Path, result: dict[str, Any], goals: Goals, rounds: int)
         measure.measure(record, case, max(round(factor * rounds), 2), True, say)
         learns = "weight" in record["variants"]["fused"].get("errors", {})
         weight = case.vocab * case.hidden if learns else 0
-        record["dw_bytes"] = weight * (case.torch_dtype.itemsize + plan.sum_bytes("cpu", case.torch_dtype))
+        own = sum_bytes(rows_cpu, weight, case.torch_dtype, "cpu", None)
+        record["dw_bytes"] = weight * case.torch_dtype.itemsize + own
         result["cases"][name] = record
         write_json(file, result)
         bad = {v: e for v, e in record["variants"].items() if e["status"] != "measured"}

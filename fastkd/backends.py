@@ -1,7 +1,7 @@
 """The table of backends: who can serve a call, and in words why another cannot.
 
 A backend is a set of row ops; the driver, the GEMMs and the autograd rules are shared. To add one: a `Backend` here,
-with its `why_not`, and a module with the functions of `rows_torch`.
+with its `why_not`, and a module with the functions and constants of `rows_torch`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -24,13 +25,15 @@ _chosen: ContextVar[str | None] = ContextVar("fastkd_backend", default=None)
 
 @dataclass(frozen=True)
 class Backend:
-    """``unavailable()`` says why this machine cannot have it, ``why_not(spec, tensors)`` why a call cannot, or None."""
+    """``unavailable()`` says why this machine cannot have it, ``why_not(spec, tensors)`` why a call cannot, or None.
+    ``devices``: the types of device whose calls it serves unasked; None: all."""
 
     name: str
     summary: str
     unavailable: Callable[[], str | None]
     why_not: Callable[[Spec, Tensors], str | None]
     rows: Callable[[], ModuleType] | None = None  # None: computes by the definition, without the driver
+    devices: tuple[str, ...] | None = None
 
 
 class CannotServe(ValueError):
@@ -81,25 +84,78 @@ def _fused_why_not(spec: Spec, tensors: Tensors) -> str | None:
     return None
 
 
-def _cpu_why_not(spec: Spec, tensors: Tensors) -> str | None:
+def _dtype_or_table(spec: Spec, tensors: Tensors, table: Callable[[], dict[str, int]]) -> str | None:
+    """What the row ops in a language of their own do not have."""
     sources = tensors[:3]
     if isinstance(spec, KD):
         a = KDTensors.of(spec, tensors)
         sources = (a.s_x, a.s_w, a.s_b, *(() if isinstance(spec.teacher, Sparse) else a.teacher))
-    for x in sources:
-        if x is None:
-            continue
-        if x.device.type not in ("cpu", "meta"):
-            return f"its row ops run on the CPU, and the inputs are on {x.device}"
-        if x.dtype == torch.float64:
-            return "its row ops have float32, bfloat16 and float16, and an input is float64"
+    if any(x is not None and x.dtype == torch.float64 for x in sources):
+        return "its row ops have float32, bfloat16 and float16, and an input is float64"
     if isinstance(spec, KD):
-        from fastkd import rows_cpu
-
         for name, _ in spec.terms:
-            if name not in rows_cpu.kinds():
+            if name not in table():
                 return f"divergence {name!r} has no entry in its table"
-    return _fused_why_not(spec, tensors)
+    return None
+
+
+def _device(tensors: Tensors) -> torch.device:
+    return next(t.device for t in tensors if t is not None)
+
+
+def _cpu_why_not(spec: Spec, tensors: Tensors) -> str | None:
+    from fastkd import rows_cpu
+
+    if _device(tensors).type not in ("cpu", "meta"):
+        return f"its row ops run on the CPU, and the inputs are on {_device(tensors)}"
+    return _dtype_or_table(spec, tensors, rows_cpu.kinds) or _fused_why_not(spec, tensors)
+
+
+def interpreting() -> bool:
+    """Does Triton run its kernels in its interpreter, on the CPU?"""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_unavailable() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if not interpreting() and not torch.cuda.is_available():
+        return "torch finds no GPU"
+    return None
+
+
+def _triton_why_not(spec: Spec, tensors: Tensors) -> str | None:
+    def table() -> dict[str, int]:
+        from fastkd.kernels import pointwise
+
+        return pointwise.KINDS
+
+    device = _device(tensors)
+    wrong = None if interpreting() and device.type == "cpu" else _no_gpu(device)
+    return wrong or _dtype_or_table(spec, tensors, table) or _fused_why_not(spec, tensors)
+
+
+def _cuda_unavailable() -> str | None:
+    from fastkd import rows_cuda
+
+    return extension()[1] or rows_cuda.unavailable()
+
+
+def _cuda_why_not(spec: Spec, tensors: Tensors) -> str | None:
+    from fastkd import rows_cpu, rows_cuda
+
+    device = _device(tensors)
+    wrong = None if rows_cuda.EMULATED is not None and device.type == "cpu" else _no_gpu(device)
+    return wrong or _dtype_or_table(spec, tensors, rows_cpu.kinds) or _fused_why_not(spec, tensors)
+
+
+@cache
+def _no_gpu(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"its row ops run on a GPU, and the inputs are on {device}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"its row ops need a GPU of compute capability 8.0 or more, and {device} is older"
+    return None
 
 
 def _rows_torch() -> ModuleType:
@@ -114,10 +170,25 @@ def _rows_cpu() -> ModuleType:
     return rows_cpu
 
 
+def _rows_triton() -> ModuleType:
+    from fastkd import rows_triton
+
+    return rows_triton
+
+
+def _rows_cuda() -> ModuleType:
+    from fastkd import rows_cuda
+
+    return rows_cuda
+
+
+GPU, CPU = ("cuda",), ("cpu", "meta")
 BACKENDS: dict[str, Backend] = {
     b.name: b
     for b in (
-        Backend("cpu", "row ops in C++ (AVX2, AVX-512 or plain)", _cpu_unavailable, _cpu_why_not, _rows_cpu),
+        Backend("cuda", "row ops in CUDA C++", _cuda_unavailable, _cuda_why_not, _rows_cuda, GPU),
+        Backend("triton", "row ops in Triton", _triton_unavailable, _triton_why_not, _rows_triton, GPU),
+        Backend("cpu", "row ops in C++ (AVX2, AVX-512 or plain)", _cpu_unavailable, _cpu_why_not, _rows_cpu, CPU),
         Backend("torch", "row ops in plain torch, any device", lambda: None, _fused_why_not, _rows_torch),
         Backend("reference", "the definition, logits in memory", lambda: None, lambda spec, tensors: None),
     )
@@ -149,14 +220,17 @@ def asked_for() -> str | None:
 def choose(spec: Spec, tensors: Tensors, name: str | None) -> str:
     """The backend asked for by argument, context or FASTKD_BACKEND, if it can serve; else the first that can."""
     name = _checked(name) or asked_for()
+    device = _device(tensors).type
     reasons: dict[str, str] = {}
     for backend in (BACKENDS[name],) if name else BACKENDS.values():
+        if not name and backend.devices is not None and device not in backend.devices:
+            continue
         reason = backend.unavailable() or backend.why_not(spec, tensors)
         if reason is None:
             if backend.rows is None and not name:
                 _warn_materialised("; ".join(f"{n}: {r}" for n, r in reasons.items()))
-            elif "cpu" in reasons and BACKENDS["cpu"].unavailable():
-                _warn_no_extension(reasons["cpu"])
+            elif backend.name == "torch":
+                _warn_slower("; ".join(f"{n}: {r}" for n, r in reasons.items() if BACKENDS[n].unavailable()))
             return backend.name
         reasons[backend.name] = reason
     assert name is not None  # the reference serves everything
@@ -164,8 +238,9 @@ def choose(spec: Spec, tensors: Tensors, name: str | None) -> str:
 
 
 @cache
-def _warn_no_extension(reason: str) -> None:
-    warnings.warn(f"fastkd: the torch backend serves, slower than the C++ one: {reason}", stacklevel=5)
+def _warn_slower(reasons: str) -> None:
+    if reasons:
+        warnings.warn(f"fastkd: the torch backend serves, slower than others would. {reasons}", stacklevel=5)
 
 
 @cache

@@ -387,16 +387,19 @@ def kd_inputs(
     hidden: tuple[int, int] = (24, 40),
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
     """Keyword arguments of :func:`fastkd.kd_loss` for a named feature of ``OPS["kd_loss"]``, such as those of
     ``KD_FEATURES``.
 
-    The default sizes are an odd number of tokens and a vocabulary that no tile divides. ``overrides`` replace
-    arguments.
+    The default sizes are an odd number of tokens and a vocabulary that no tile divides. ``device`` None: torch's
+    default device. ``overrides`` replace arguments.
     """
     features = OPS["kd_loss"].features()
     if feature not in features:
         raise ValueError(f"feature must be one of {list(features)}, got {feature!r}")
-    return {**features[feature](Maker(tokens, vocab, hidden, dtype, seed, device)), **overrides}
+    return {
+        **features[feature](Maker(tokens, vocab, hidden, dtype, seed, device or torch.get_default_device())),
+        **overrides,
+    }

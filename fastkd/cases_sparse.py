@@ -28,7 +28,7 @@ def _samples(m: Maker, normalize: bool) -> dict[str, Any]:
     ids = m.ids(m.tokens, SPARSE_K)
     ids[:, 1] = ids[:, 0]  # drawn twice
     ids[::4, -1] = -1
-    weights = torch.rand(ids.shape, generator=m.generator, dtype=torch.float64).float().to(m.device) / SPARSE_K
+    weights = torch.rand(ids.shape, **m.drawn, dtype=torch.float64).float().to(m.device) / SPARSE_K
     return _sparse(m, Samples(ids, weights, normalize), temperature=1.5)
 
 

@@ -15,6 +15,11 @@ def is_tensor(name: str, value: Any) -> Tensor:
     """The value, if it is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor: call in the forward of the module that FSDP2 gathers, "
+            f"or give {name.rpartition('.')[2]}.full_tensor()"
+        )
     return value
 
 
@@ -60,17 +65,21 @@ def finite_number(name: str, value: Any, *, above: float = -math.inf) -> float:
     return float(value)
 
 
-def chunk_tokens(value: Any) -> None:
-    """The argument of that name."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(f"chunk_tokens must be a positive integer or None, got {value!r}")
+def chunking(chunk_tokens: Any, memory_budget: Any) -> None:
+    """The arguments of these names."""
+    for name, value in (("chunk_tokens", chunk_tokens), ("memory_budget", memory_budget)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
+
+
+def eager() -> bool:
+    """Is nothing tracing or transforming the call?"""
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
 def readable(*tensors: Tensor | None) -> bool:
     """Can values be looked at: real memory on the CPU (elsewhere a look would wait for the device)?"""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return all(t is None or (_in_memory(t)) for t in tensors)
+    return eager() and all(t is None or _in_memory(t) for t in tensors)
 
 
 def _in_memory(t: Tensor) -> bool:

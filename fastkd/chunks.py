@@ -6,18 +6,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd import sparse
 from fastkd.problem import KD, KDTensors, Mixed, Side, Sparse, Tensors, accumulation
-from fastkd.rows_torch import Sum
 
-CHUNK_LOGITS = 2**24  # of a source, where the number of tokens that gives lies in the range below
+CHUNK_LOGITS = 2**24  # of a source on the CPU, where the number of tokens that gives lies in the range below
 CHUNK_TOKENS = (256, 1024)  # fewer drown in the accumulation of dweight, more gain nothing
-PART_BYTES = 4 * 2**20  # of a partial dweight, so that it is accumulated from cache
+BUDGET = 2**30  # bytes of a chunk's logits on other devices
+ROUND_TOKENS = 128  # a tile of a GEMM
+ALIGN = 64  # entries to which rows of logits are padded on a GPU: GEMMs are slow on rows that begin anywhere
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,27 @@ class Chunk:
         return tuple(None if x is None else self.vector(x) for x in xs)
 
 
-def chunk_tokens(vocab: int) -> int:
-    """How many tokens at a time, by default."""
-    low, high = CHUNK_TOKENS
-    return min(max(CHUNK_LOGITS // vocab, low), high)
+@dataclass(frozen=True)
+class Chunking:
+    """How a problem is cut: tokens in a chunk at most, and the budget that it came from."""
+
+    size: int
+    budget: int | None
+
+
+def chunk_tokens(vocab: int, token_bytes: int, device: str, budget: int | None) -> int:
+    """How many tokens at a time: as many as take up to ``budget`` bytes, ``token_bytes`` each."""
+    if budget is None and device == "cpu":
+        low, high = CHUNK_TOKENS
+        return min(max(CHUNK_LOGITS // vocab, low), high)
+    count = (budget or BUDGET) // max(token_bytes, 1)
+    return max(count // ROUND_TOKENS, 1) * ROUND_TOKENS
+
+
+def part_rows(hidden: int, itemsize: int, device: str) -> int:
+    """Rows of a partial dweight, so that it is accumulated from cache."""
+    part = (4 if device == "cpu" else 16) * 2**20
+    return max(part // (hidden * itemsize) // ALIGN, 1) * ALIGN
 
 
 def chunks(batch: int, tokens: int, size: int, live: Tensor | None) -> Iterator[Chunk]:
@@ -74,11 +94,12 @@ class Dense:
         b: Tensor | None,
         needs: Sequence[bool],
         rows: ModuleType,
-        size: int,
+        plan: Chunking,
         whole: bool = True,
+        dead: Tensor | None = None,
     ) -> None:
-        """``size``: tokens in a chunk at most; ``whole``: will every token be visited?"""
-        self.side, self.x, self.rows, self.is_head = side, x, rows, w is not None
+        """``whole``: will every token be visited? ``dead`` [B, N]: tokens that are visited but do not count."""
+        self.side, self.x, self.rows, self.is_head, self.dead = side, x, rows, w is not None, dead
         self.w = None if w is None else w.to(side.compute_dtype)
         self.b = None if b is None else b.to(side.compute_dtype)
         self.dtype = x.dtype if w is None else side.compute_dtype
@@ -87,7 +108,10 @@ class Dense:
         self.dx = rows.empty(x.shape, x.dtype, x.device) if needs[0] else None
         if self.dx is not None and not whole:
             self.dx.zero_()
-        self.dw = Accumulated(w, self.dtype, rows, self._single(w, size)) if w is not None and needs[1] else None
+        single = (
+            w is not None and x.shape[1] <= plan.size and (x.shape[0] == 1 or w.shape[0] > 1)
+        )  # is each head seen once
+        self.dw = Accumulated(w, self.dtype, rows, single, plan.budget) if w is not None and needs[1] else None
         self.db = (
             torch.zeros(b.shape, dtype=accumulation(b.dtype), device=b.device) if b is not None and needs[2] else None
         )
@@ -101,23 +125,22 @@ class Dense:
             x = x.flatten(0, -2)
             return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
         x, w, b = x.to(self.dtype), self._of(self.w, chunk), None if self.b is None else self._of(self.b, chunk)
-        out = self._scratch(x.shape[:-1].numel()).view(*x.shape[:-1], self.vocab)
+        flat = self._scratch(x.shape[:-1].numel())
+        out = flat.unflatten(0, x.shape[:-1])
         if x.dim() == 2:
             torch.mm(x, w.t(), out=out) if b is None else torch.addmm(b, x, w.t(), out=out)
         elif b is None:
             torch.bmm(x, w.transpose(1, 2), out=out)
         else:
             torch.baddbmm(b.unsqueeze(1), x, w.transpose(1, 2), out=out)
-        return out.view(-1, self.vocab)
+        return flat
 
     def _scratch(self, n: int) -> Tensor:
-        if self.buffer.numel() < n * self.vocab:
-            self.buffer = self.rows.empty((n * self.vocab,), self.dtype, self.x.device)
-        return self.buffer[: n * self.vocab].view(n, self.vocab)
-
-    def _single(self, w: Tensor, size: int) -> bool:
-        """Is each head seen in one chunk?"""
-        return self.x.shape[1] <= size and (self.x.shape[0] == 1 or w.shape[0] > 1)
+        """[n, V]"""
+        stride = self.vocab if self.x.device.type == "cpu" else -(-self.vocab // ALIGN) * ALIGN
+        if self.buffer.numel() < n * stride:
+            self.buffer = self.rows.empty((n * stride,), self.dtype, self.x.device)
+        return self.buffer[: n * stride].view(n, stride)[:, : self.vocab]
 
     def _of(self, w: Tensor, chunk: Chunk) -> Tensor:
         """The head's part for this chunk: [V, D], or [heads, V, D]."""
@@ -144,7 +167,7 @@ class Dense:
                 self.dx[chunk.start].index_copy_(0, chunk.rows, g)
             return
         x = chunk.take(self.x).to(self.dtype)
-        g = g.view(*x.shape[:-1], self.vocab)
+        g = g.unflatten(0, x.shape[:-1])
         if self.dx is not None:
             w, direct = self._of(self.w, chunk), isinstance(chunk.rows, slice) and self.dx.dtype == self.dtype
             out = chunk.take(self.dx) if direct else None
@@ -154,6 +177,8 @@ class Dense:
             elif not direct:
                 self.dx[chunk.start].index_copy_(0, chunk.rows, dx.to(self.dx.dtype))
         if self.dw is not None:
+            if self.dead is not None:  # 0 times what is not finite
+                x = x.masked_fill(chunk.take(self.dead).unsqueeze(-1), 0.0)
             self.dw.add(chunk, g, x)
         if self.db is not None:
             if g.dim() == 3 and self.db.shape[0] > 1:
@@ -170,7 +195,7 @@ class Dense:
 class Mixture:
     """Several teachers at work as one; without gradients."""
 
-    def __init__(self, spec: KD, mixed: Mixed, a: KDTensors, rows: ModuleType) -> None:
+    def __init__(self, spec: KD, mixed: Mixed, a: KDTensors, rows: ModuleType, plan: Chunking) -> None:
         self.vocab, self.temperature = spec.vocab, a.t_temperature
         members, self.log_weights = mixed.split(a.teacher)
         self.members: list[tuple[Sparse, Tensors] | Dense] = []
@@ -178,7 +203,7 @@ class Mixture:
             if isinstance(member, Side):
                 x, w, b = own
                 assert x is not None
-                self.members.append(Dense(member, x, w, b, (False,) * 3, rows, 0))
+                self.members.append(Dense(member, x, w, b, (False,) * 3, rows, plan))
             else:
                 self.members.append((member, own))
 
@@ -199,11 +224,72 @@ class Mixture:
         return sparse.spread(sparse.listed(spec, chunk.vectors(own), temperature, self.vocab), self.vocab)
 
 
+def sum_bytes(rows: ModuleType, elements: int, dtype: torch.dtype, device: str, budget: int | None) -> int:
+    """Bytes of a sum's own, beside the result of a dtype: none; 1 an element where the sum has 24 bits, 16 of them in
+    the result; or 4."""
+    if dtype == accumulation(dtype):
+        return 0
+    compact = rows.COMPACT and dtype == torch.bfloat16 and (device == "cpu" or 4 * elements > (budget or BUDGET))
+    return elements if compact else 4 * elements
+
+
+@cache
+def adds_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Do torch's GEMMs of a 16-bit dtype add to a float32 tensor there?"""
+    try:
+        x, out = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+        torch.addmm(out, x, x, out_dtype=torch.float32, out=out)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+class Sum:
+    """out [V, D] = a sum of parts, in float32 (float64) until close()."""
+
+    def __init__(self, out: Tensor, rows: ModuleType, budget: int | None = None) -> None:
+        self.out, self.rows = out, rows
+        own = sum_bytes(rows, out.numel(), out.dtype, out.device.type, budget)
+        compact = 0 < own == out.numel()
+        self.low = rows.empty(out.shape, torch.uint8, out.device) if compact else None
+        # the running sum, where it is one tensor
+        self.wide = None if compact else out if own == 0 else rows.empty(out.shape, torch.float32, out.device)
+
+    def add(self, start: int, part: Tensor, first: bool) -> None:
+        """rows [start, start + m) += part [m, D]; = where first"""
+        rows = slice(start, start + part.shape[0])
+        low = None if self.low is None else self.low[rows]
+        self.rows.accumulate((self.out if self.wide is None else self.wide)[rows], low, part, first)
+
+    def add_product(self, a: Tensor, b: Tensor, first: bool) -> None:
+        """+= a [V, n] @ b [n, D]; = where first"""
+        device = a.device
+        if self.wide is not None and self.wide.dtype == a.dtype:
+            torch.mm(a, b, out=self.wide) if first else self.wide.addmm_(a, b)
+        elif self.wide is not None and device.type != "cpu" and adds_in_float32(a.dtype, device):
+            wide: dict[str, Any] = {"out_dtype": self.wide.dtype, "out": self.wide}
+            torch.mm(a, b, **wide) if first else torch.addmm(self.wide, a, b, **wide)
+        else:
+            step = part_rows(b.shape[1], b.element_size(), device.type)
+            part = torch.empty(min(step, a.shape[0]), b.shape[1], dtype=b.dtype, device=device)
+            for v in range(0, a.shape[0], step):
+                block = part[: min(step, a.shape[0] - v)]
+                torch.mm(a[v : v + step], b, out=block)
+                self.add(v, block, first)
+
+    def close(self) -> None:
+        """Round into out."""
+        if self.low is not None:
+            self.rows.round_sum(self.out, self.low)
+        elif self.wide is not self.out and self.wide is not None:
+            self.out.copy_(self.wide)
+
+
 class Accumulated:
     """dW [B or 1, V, D]: for each head a sum over chunks, kept in float32 (float64) and rounded once."""
 
-    def __init__(self, w: Tensor, compute: torch.dtype, rows: ModuleType, single: bool) -> None:
-        self.compute, self.rows, self.single = compute, rows, single
+    def __init__(self, w: Tensor, compute: torch.dtype, rows: ModuleType, single: bool, budget: int | None) -> None:
+        self.compute, self.rows, self.single, self.budget = compute, rows, single, budget
         self.out = rows.empty(w.shape, w.dtype, w.device)
         self.written = [False] * w.shape[0]
         self.sum: Sum | None = None  # of the head that was written last
@@ -224,18 +310,9 @@ class Accumulated:
             return
         if first:
             self._close()
-            self.sum = self.rows.Sum(out)
+            self.sum = Sum(out, self.rows, self.budget)
         assert self.sum is not None
-        wide = self.sum.wide
-        if wide is not None and wide.dtype == self.compute:
-            torch.mm(g.t(), x, out=wide) if first else wide.addmm_(g.t(), x)
-            return
-        step = max(PART_BYTES // (x.shape[1] * x.element_size()), 64)
-        part = torch.empty(min(step, g.shape[1]), x.shape[1], dtype=self.compute, device=x.device)
-        for v in range(0, g.shape[1], step):
-            block = part[: min(step, g.shape[1] - v)]
-            torch.mm(g[:, v : v + step].t(), x, out=block)
-            self.sum.add(v, block, first)
+        self.sum.add_product(g.t(), x, first)
 
     def _close(self) -> None:
         if self.sum is not None:

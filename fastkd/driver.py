@@ -15,9 +15,17 @@ import torch
 from torch import Tensor
 
 from fastkd import backends, checks, sparse
-from fastkd.chunks import Chunk, Dense, Mixture, chunk_tokens, chunks
-from fastkd.problem import KD, KDTensors, Mixed, Select, Side, Sparse, Spec, Stats, Tensors, Top
+from fastkd.chunks import Chunk, Chunking, Dense, Mixture, chunk_tokens, chunks
+from fastkd.problem import KD, KDTensors, Mixed, Select, Side, Sparse, Spec, Stats, Tensors, Top, accumulation
 from fastkd.rows_torch import Rows
+
+# [n, V] tensors in the accumulation dtype: the running mixture, a member and its logits; a target's work
+MIXTURE_TENSORS, TARGET_TENSORS = 3, 6
+
+
+def _looks(rows: ModuleType, device: torch.device) -> bool:
+    """May values decide what is done? On a device whoever looks at them waits."""
+    return bool(rows.LOOKS) and device.type == "cpu"
 
 
 def _live(factor: Tensor) -> Tensor | None:
@@ -33,21 +41,23 @@ def _kd(
     a, rows = KDTensors.of(spec, flat), _rows(spec)
     seed = cotangents[0] if cotangents else None
     factor = a.factor if seed is None else a.factor * seed.to(a.factor.dtype)
-    live = _live(factor)
-    size = spec.chunk or chunk_tokens(spec.vocab)
+    looks = _looks(rows, factor.device)
+    live = _live(factor) if looks else factor != 0
+    plan = _chunking(spec, a, rows)
     # of given logits the row op passes over ignored rows
-    visited = live if any(x.compute is not None for x in _sides(spec)) else None
-    student = Dense(spec.student, a.s_x, a.s_w, a.s_b, needs[1:4], rows, size, visited is None)
+    visited = live if looks and any(x.compute is not None for x in _sides(spec)) else None
+    rest = (rows, plan, visited is None, None if looks or live is None else ~live)
+    student = Dense(spec.student, a.s_x, a.s_w, a.s_b, needs[1:4], *rest)
     teacher: Dense | Mixture | None = None
     if isinstance(spec.teacher, Side):
         x, w, b = a.teacher
         assert x is not None
-        teacher = Dense(spec.teacher, x, w, b, needs[4:7], rows, size, visited is None)
+        teacher = Dense(spec.teacher, x, w, b, needs[4:7], *rest)
     elif isinstance(spec.teacher, Mixed):
-        teacher = Mixture(spec, spec.teacher, a, rows)
+        teacher = Mixture(spec, spec.teacher, a, rows, plan)
     loss = torch.zeros(factor.shape, dtype=factor.dtype, device=factor.device)
     batch, tokens = factor.shape
-    for chunk in chunks(batch, tokens, size, visited):
+    for chunk in chunks(batch, tokens, plan.size, visited):
         row = _rows_of(spec, a, factor, chunk)
         part = _kd_chunk(spec, a, chunk, row, rows, student, teacher)
         _put(loss, chunk, part.to(loss.dtype))
@@ -56,6 +66,20 @@ def _kd(
     grads = [loss if seed is None else loss * seed] if needs[0] else []
     grads += student.grads() + (teacher.grads() if isinstance(teacher, Dense) else [])
     return [out.sum() if spec.total else out], grads
+
+
+def _chunking(spec: KD, a: KDTensors, rows: ModuleType) -> Chunking:
+    """By what the logits of a token take, and rows that are made of them."""
+    wide = accumulation(a.factor.dtype).itemsize
+    tensors = rows.ROW_TENSORS
+    token = sum(spec.vocab * side.compute_dtype.itemsize for side in _sides(spec) if side.compute is not None)
+    if isinstance(spec.teacher, Mixed):
+        tensors += MIXTURE_TENSORS
+    if spec.target is not None:
+        tensors += TARGET_TENSORS
+    token += tensors * spec.vocab * wide
+    size = chunk_tokens(spec.vocab, token, a.factor.device.type, spec.budget)
+    return Chunking(spec.chunk or size, spec.budget)
 
 
 def _sides(spec: KD) -> list[Side]:
@@ -196,9 +220,10 @@ def _top(spec: Top, flat: Tensors, cotangents: Sequence[Tensor], needs: Sequence
 def _walk(
     spec: Any, x: Tensor, w: Tensor | None, b: Tensor | None, needs: Sequence[bool], row_op: Callable[..., None]
 ) -> list[Tensor]:
-    rows = _rows(spec)
-    size = spec.chunk or chunk_tokens(spec.vocab)
-    source = Dense(spec.student, x, w, b, needs[:3], rows, size)
+    rows, side = _rows(spec), spec.student
+    logit = rows.ROW_TENSORS * accumulation(x.dtype).itemsize + (0 if w is None else side.compute_dtype.itemsize)
+    size = spec.chunk or chunk_tokens(spec.vocab, spec.vocab * logit, x.device.type, spec.budget)
+    source = Dense(side, x, w, b, needs[:3], rows, Chunking(size, spec.budget))
     for chunk in chunks(x.shape[0], x.shape[1], size, None):
         raw = source.logits(chunk)
         g = source.gradient(chunk, raw)

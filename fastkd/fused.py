@@ -117,8 +117,13 @@ class Fused(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: torch.utils.checkpoint allows no second look
         tensors, grads = saved[:n], saved[n:]
         again = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
-        # gradients made in the forward are those of `needs`; they may go as they are where nobody uses them again
-        if not any(ctx.made) or again or not _is_one(cotangents[0]):
+        # gradients made in the forward are those of `needs`; where nobody uses them again they go as they are, or scaled
+        # where they lie
+        last = any(ctx.made) and not again and cotangents[0] is not None and checks.eager()
+        if last and not _is_one(cotangents[0]):
+            for x in grads:
+                x.mul_(cotangents[0])
+        elif not last:
             given = [
                 torch.zeros(shape, dtype=dtype, device=device) if g is None else g
                 for g, (shape, dtype, device) in zip(cotangents, ctx.like, strict=False)

@@ -49,6 +49,7 @@ def kd_loss(
     num_tokens: float | Tensor | None = None,
     vocab: str = "error",
     chunk_tokens: int | None = None,
+    memory_budget: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Distillation loss between a student and a teacher, without the logits of either.
@@ -82,8 +83,10 @@ def kd_loss(
         num_tokens: the divisor of "mean" instead of the sum of the weights: the count over all micro-batches or ranks.
         vocab: vocabularies of different size: "error"; "truncate" to the smaller and renormalise (a TopK's ids
             beyond the student's are left out); "pad" the smaller with entries of probability 0 (dense teachers).
-        chunk_tokens: tokens whose logits are alive at a time; None: by the size of the vocabulary.
-        backend: "reference", "torch", "cpu"; None: the first that can serve (see ``fastkd doctor``).
+        chunk_tokens: tokens whose logits are alive at a time; None: by ``memory_budget``.
+        memory_budget: bytes that the logits of a chunk may take; None: 1 GiB on a GPU, on the CPU 2**24 logits of a
+            source within 256 and 1,024 tokens (32 MiB for a vocabulary of 32,000 in bfloat16 and 512 tokens).
+        backend: "reference", "torch", "cpu", "triton", "cuda"; None: the first that can serve (see ``fastkd doctor``).
 
     Returns:
         A float32 tensor (float64 for float64 inputs), scalar or [...] for "none".
@@ -91,9 +94,12 @@ def kd_loss(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
 
-    Memory beside the gradients: ``chunk_tokens`` x V logits for each dense source (by default 2**24 / V tokens, within
-    256 and 1024), and for a bfloat16 weight that requires grad, whose gradient is summed in float32 and kept in 24 bits
-    on the way, 1 byte an entry (torch backend: 4). On the CPU, up to 1 GiB that is freed stays for the next call.
+    Memory beside the gradients, in bytes: a chunk's logits, n V b with b the bytes of a logit of all heads together (4
+    for two heads in bfloat16; 32 more with the torch backend, whose row op makes tensors [n, V]). n is memory_budget /
+    (V b) rounded down to a multiple of 128, or 128. And, where there is more than one chunk and a weight of 16 bits
+    requires grad, the sum of its gradient: 4 V D in float32 if that is within the budget (on a GPU the GEMM adds to it)
+    or the dtype is float16, else, and on the CPU, V D for bfloat16 (24 bits, 16 of them in the gradient itself); torch
+    backend: 4 V D. On the CPU, up to 1 GiB that is freed stays for the next call. ``fastkd plan`` adds all up.
     Differentiable in reverse; further derivatives and forward mode are exact too, with the logits in memory.
     Sources: Hinton et al. 2015 (arXiv:1503.02531); Agarwal et al. 2024 (GKD, arXiv:2306.13649).
     """
@@ -121,9 +127,11 @@ def _kd_loss(
     num_tokens: float | Tensor | None,
     vocab: str,
     chunk_tokens: int | None,
+    memory_budget: int | None,
     backend: str | None,
 ) -> Tensor:
-    _check_settings(reduction, vocab, chunk_tokens, num_tokens, target)
+    _check_settings(reduction, vocab, num_tokens, target)
+    checks.chunking(chunk_tokens, memory_budget)
     s, t = DenseSource("student", student), teacher_source("teacher", teacher)
     row = PerToken.of(s, t)
     size_of_vocab = common_vocab(s, t, vocab)
@@ -144,6 +152,7 @@ def _kd_loss(
     spec = KD(
         backend="",
         chunk=chunk_tokens,
+        budget=memory_budget,
         student=s.side,
         teacher=t.spec(row, wanted, size_of_vocab, vocab),
         vocab=size_of_vocab,
@@ -169,10 +178,9 @@ def _kd_loss(
     return out if spec.total else out.reshape(row.lead)
 
 
-def _check_settings(reduction: Any, vocab: Any, chunk_tokens: Any, num_tokens: Any, target: Any) -> None:
+def _check_settings(reduction: Any, vocab: Any, num_tokens: Any, target: Any) -> None:
     checks.is_one_of("reduction", reduction, ("none", "sum", "mean", "batchmean"))
     checks.is_one_of("vocab", vocab, ("error", "truncate", "pad"))
-    checks.chunk_tokens(chunk_tokens)
     if num_tokens is not None and reduction != "mean":
         raise ValueError(f"num_tokens is the divisor of reduction='mean', got reduction={reduction!r}")
     if target is not None and not isinstance(target, Target):

@@ -20,7 +20,7 @@ class Maker:
         self, tokens: int, vocab: int, hidden: tuple[int, int], dtype: torch.dtype, seed: int, device: Any
     ) -> None:
         self.tokens, self.vocab, self.hidden, self.dtype, self.device = tokens, vocab, hidden, dtype, device
-        self.generator = torch.Generator().manual_seed(seed)
+        self.drawn: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed), "device": "cpu"}  # how
 
     def sized(self, **sizes: Any) -> Maker:
         """Another size, from the same stream of numbers."""
@@ -33,11 +33,11 @@ class Maker:
         return x.to(self.dtype).to(self.device).requires_grad_(grad)
 
     def normal(self, *shape: int, scale: float = 1.0, grad: bool = True) -> Tensor:
-        return self.to(torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale, grad)
+        return self.to(torch.randn(shape, **self.drawn, dtype=torch.float64) * scale, grad)
 
     def uniform(self, low: float, high: float) -> Tensor:
         """One number per token, float32."""
-        x = torch.rand(self.tokens, generator=self.generator, dtype=torch.float64) * (high - low) + low
+        x = torch.rand(self.tokens, **self.drawn, dtype=torch.float64) * (high - low) + low
         return x.to(torch.float32).to(self.device)
 
     def masked(self) -> Tensor:
@@ -47,7 +47,7 @@ class Maker:
         return w
 
     def ids(self, *shape: int, ignored: bool = False) -> Tensor:
-        x = torch.randint(self.vocab, shape or (self.tokens,), generator=self.generator)
+        x = torch.randint(self.vocab, shape or (self.tokens,), **self.drawn)
         if ignored:
             x[1::4] = -100
         return x.to(self.device)
@@ -66,7 +66,7 @@ class Maker:
 
     def top_k(self, k: int, tail: str = "bucket", *, padded: bool = False, **kwargs: Any) -> TopK:
         """The k likeliest of a random teacher, in float32, with its tail; ``padded``: some ids -1, some log p -inf."""
-        logits = 2 * torch.randn(self.tokens, self.vocab, generator=self.generator, dtype=torch.float64)
+        logits = 2 * torch.randn(self.tokens, self.vocab, **self.drawn, dtype=torch.float64)
         log_probs, ids = logits.log_softmax(-1).topk(k)
         if padded:
             ids[::2, -k // 3 :] = -1
@@ -81,7 +81,7 @@ class Maker:
         head = self.head(self.hidden[0], True, **kwargs)
         with torch.no_grad():
             h = head.hidden[: self.vocab]
-            winners = torch.randperm(self.vocab, generator=self.generator)[: len(h)].to(self.device)
+            winners = torch.randperm(self.vocab, **self.drawn)[: len(h)].to(self.device)
             head.weight[winners] = h * (self.top / h.square().sum(-1, keepdim=True))
         head.weight.requires_grad_(not frozen)
         return head

@@ -239,7 +239,8 @@ class MixedSource:
         if given is None:
             given = (1.0,) * m
         if not isinstance(given, Tensor):
-            given = torch.tensor([checks.finite_number(name, w) for w in given], dtype=row.dtype, device=row.device)
+            numbers = [checks.finite_number(name, w) for w in given]  # filled: a copy would wait for the device
+            given = torch.stack([torch.full((), w, dtype=row.dtype, device=row.device) for w in numbers])
         row.check_device(name, given)
         if given.dim() == 0 or given.shape[-1] != m or given.shape[:-1] not in ((), row.lead):
             raise ValueError(f"{name} must be [{m}] or {[*row.lead, m]}, got {list(given.shape)}")

@@ -14,6 +14,7 @@ import re
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,10 +26,6 @@ from fastkd.backends import BACKENDS
 from fastkd.machine import available_bytes
 from fastkd.problem import accumulation
 
-# [n, V] tensors in the accumulation dtype that a row op of rows_torch holds at its peak. divergence: logits, log q, log
-# p and h for the whole call; then p, log p - log q, the same where p > 0, and their product. sparse: logits, those over
-# T, the unlisted of them, their shares, and the gradient; then that over T, times the slope, times the factor
-ROW_TENSORS = 8
 # float32 rows [V] that each thread of the C++ row op keeps: e^x of the student and of the teacher
 THREAD_ROWS = 2
 
@@ -36,7 +33,7 @@ ENTRY_BYTES = 8 + 2  # of a listed entry: id int64, log-probability float16
 # of one in the chunk at work: id int64 and log p float32, of the outcomes and of what they are made from
 LISTED_BYTES = 2 * (8 + 4)
 
-PLANNED = ("cpu", "torch")  # the backends whose row op the formulas know
+PLANNED = ("cuda", "cpu", "torch")  # the backends whose row op the formulas know; triton takes what cuda does
 
 Bytes = dict[str, int]  # what is alive at one moment, by name
 
@@ -126,33 +123,39 @@ def fused_bytes(
     backend: str = "cpu",
     device: str = "cpu",
     chunk_tokens: int | None = None,
+    memory_budget: int | None = None,
     top_k: int | None = None,
 ) -> Bytes:
     """What is alive beside the inputs at the peak of :func:`fastkd.kd_loss`, forward and backward, forward KL.
 
     With n = min(N, chunk_tokens) tokens in a chunk, the largest of these moments. In the row op: the chunk's logits of
     student and teacher [n, V], dH [N, D], the sum of dW, what the row op itself needs (C++: two rows for every thread;
-    torch: 8 tensors [n, V] in float32), and entries [n, K] that a teacher lists. While a chunk is folded into dW
-    [V, D]: the same with a part of dW instead. When the sum is rounded to dW: both. On a device memory counts when it
-    is allocated, on the CPU when it is first written. One chunk alone needs no sum: its GEMM writes dW.
+    torch: 8 tensors [n, V] in float32; on a GPU a bit for each logit), and entries [n, K] that a teacher lists. While a
+    chunk is folded into dW [V, D]: the same with a part of dW instead. When the sum is rounded to dW: both. On a device
+    memory counts when it is allocated, on the CPU when it is first written. One chunk alone needs no sum: its GEMM
+    writes dW.
 
     Args:
         tokens, vocab, hidden, teacher_hidden: N, V, the D of either; ``hidden`` None: the logits are given, and their
             gradient [N, V] is what is alive.
         dtype: of the inputs.
-        backend: "cpu" or "torch", whose row op and whose sum of dW are meant.
+        backend: "cpu", "torch" or "cuda", whose row op and whose sum of dW are meant; "cuda" stands for triton, too.
         device: "cpu", or any other type of device.
-        chunk_tokens: as for kd_loss.
+        chunk_tokens, memory_budget: as for kd_loss.
         top_k: the teacher lists so many entries, and so has no logits; None: it has.
     """
-    size = min(chunk_tokens or chunks.chunk_tokens(vocab), tokens)
+    compute = torch.float32 if dtype == torch.float16 and device == "cpu" else dtype
+    wide, heads = accumulation(dtype).itemsize, 0 if hidden is None else 1 if top_k is not None else 2
+    ops = rows_of(backend)
+    token = vocab * (heads * compute.itemsize + ops.ROW_TENSORS * wide)
+    size = min(chunk_tokens or chunks.chunk_tokens(vocab, token, device, memory_budget), tokens)
     listed = {} if top_k is None else {"listed entries, a chunk": size * top_k * LISTED_BYTES}
     rows = listed | {"row op": _row_bytes(size, vocab, dtype, backend)}
     if hidden is None:
         return {"gradient of the logits": tokens * vocab * dtype.itemsize} | rows
-    compute = torch.float32 if dtype == torch.float16 and device == "cpu" else dtype
-    one, lazy, width = tokens <= size, device == "cpu", accumulation(dtype).itemsize
-    extra = 0 if one and compute == dtype else sum_bytes(backend, dtype)
+    one, lazy = tokens <= size, device == "cpu"
+    own = chunks.sum_bytes(ops, vocab * hidden, dtype, device, memory_budget)
+    extra = 0 if one and compute == dtype else own
 
     widths = {"student": hidden} | ({"teacher": teacher_hidden or hidden} if top_k is None else {})
     buffers = {f"{name}'s logits, a chunk": size * vocab * compute.itemsize for name in widths}
@@ -160,12 +163,15 @@ def fused_bytes(
         buffers["heads in float32"] = vocab * sum(widths.values()) * compute.itemsize
     dh = {"dH": tokens * hidden * dtype.itemsize}
     dw = {"dW": vocab * hidden * dtype.itemsize}
-    summed = {"sum of dW, beside it": vocab * hidden * extra} if extra else {}
-    part = min(max(chunks.PART_BYTES // (hidden * compute.itemsize), 64), vocab) * hidden * compute.itemsize
-    direct = extra == 0 or compute.itemsize == width  # the GEMM itself writes or adds to the sum
+    summed = {"sum of dW, beside it": extra} if extra else {}
+    part = min(chunks.part_rows(hidden, compute.itemsize, device), vocab) * hidden * compute.itemsize
+    wide_sum = extra == vocab * hidden * wide
+    direct = (
+        not extra or compute.itemsize == wide or (wide_sum and not lazy)
+    )  # the GEMM itself writes or adds to the sum
 
     # a sum in a tensor of its own leaves dW unwritten until it is rounded; one beside dW lies partly in it
-    kept = dh | summed | ({} if lazy and extra == width else dw)
+    kept = dh | summed | ({} if lazy and wide_sum else dw)
     in_row_op = buffers | ({} if lazy and one else kept) | rows
     folding = buffers | listed | kept | ({} if direct else {"part of dW": part})
     return max(in_row_op, folding, buffers | dh | summed | dw, key=total)
@@ -173,23 +179,27 @@ def fused_bytes(
 
 def default_backend(dtype: torch.dtype, device: str) -> str:
     """The backend that kd_loss chooses for inputs of a dtype on a type of device."""
-    able = device == "cpu" and dtype != torch.float64 and BACKENDS["cpu"].unavailable() is None
-    return "cpu" if able else "torch"
+    if dtype == torch.float64:
+        return "torch"
+    if device == "cpu":
+        return "cpu" if BACKENDS["cpu"].unavailable() is None else "torch"
+    return "cuda"
 
 
-def sum_bytes(backend: str, dtype: torch.dtype) -> int:
-    """Bytes an element of dW that a backend's sum takes beside dW itself."""
+def rows_of(backend: str) -> ModuleType:
+    """A backend's row ops."""
     rows = BACKENDS[backend].rows
     assert rows is not None
-    extra: int = rows().Sum.extra_bytes(dtype)
-    return extra
+    return rows()
 
 
 def _row_bytes(size: int, vocab: int, dtype: torch.dtype, backend: str) -> int:
     """Memory of the row op's own."""
     if backend == "cpu":
         return THREAD_ROWS * torch.get_num_threads() * vocab * 4
-    return ROW_TENSORS * size * vocab * accumulation(dtype).itemsize
+    if backend == "cuda":
+        return size * vocab // 8
+    return rows_of(backend).ROW_TENSORS * size * vocab * accumulation(dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -199,6 +209,7 @@ class Settings:
     backend: str
     device: str
     chunk_tokens: int | None = None
+    memory_budget: int | None = None
     top_k: int | None = None
 
 
@@ -221,6 +232,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", nargs="+", choices=terminal.DTYPES, default=["bf16"], help="of states and heads")
     parser.add_argument("--chunk-tokens", type=terminal.positive, metavar="N", default=None, help="as for kd_loss")
+    parser.add_argument("--memory-budget", type=memory, metavar="SIZE", default=None, help="of a chunk, as for kd_loss")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="planned for; need not be there")
     parser.add_argument("--backend", choices=PLANNED, default=None, help="None: what kd_loss would choose")
     parser.add_argument("--memory", type=memory, metavar="SIZE", default=None, help="budget, such as 80GiB or 512MiB")
@@ -266,7 +278,7 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
         dtype = terminal.DTYPES[name]
         backend = args.backend or default_backend(dtype, args.device)
         _check_backend(args, backend, dtype)
-        settings = Settings(backend, args.device, args.chunk_tokens, args.top_k)
+        settings = Settings(backend, args.device, args.chunk_tokens, args.memory_budget, args.top_k)
         teacher = {} if args.top_k is None else {"teacher_hidden": None, "teacher_model": None}
         sizes = tokens, heads.vocab, heads.hidden, heads.teacher_hidden
         cases.append(
@@ -292,9 +304,10 @@ def examine(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_backend(args: argparse.Namespace, backend: str, dtype: torch.dtype) -> None:
-    reason = BACKENDS[backend].unavailable()
-    if backend == "cpu" and (args.device != "cpu" or dtype == torch.float64):
-        reason = f"its row ops run on the CPU and have no float64, got {dtype} on {args.device}"
+    reason = BACKENDS[backend].unavailable() if backend == "cpu" else None
+    if backend != "torch" and ((backend == "cpu") != (args.device == "cpu") or dtype == torch.float64):
+        where = "the CPU" if backend == "cpu" else "a GPU"
+        reason = f"its row ops run on {where} and have no float64, got {dtype} on {args.device}"
     if reason is not None:
         args.fail(f"argument --backend: {backend!r} cannot serve: {reason}")
 

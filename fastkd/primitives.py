@@ -30,6 +30,7 @@ def token_stats(
     *,
     temperature: float | Tensor = 1.0,
     chunk_tokens: int | None = None,
+    memory_budget: int | None = None,
     backend: str | None = None,
 ) -> TokenStats:
     """Log-sum-exp, entropy, largest log-probability and its index for each token. In plain PyTorch::
@@ -42,7 +43,7 @@ def token_stats(
     Args:
         source: logits [..., V] or a :class:`~fastkd.Head`.
         temperature: a float or [...] above 0.
-        chunk_tokens, backend: as in :func:`fastkd.kd_loss`.
+        chunk_tokens, memory_budget, backend: as in :func:`fastkd.kd_loss`.
 
     Returns:
         :class:`TokenStats`: float32 (float64 for float64) and int64. All but ``argmax`` are differentiable.
@@ -56,13 +57,17 @@ def token_stats(
 
 
 def _token_stats(
-    source: Tensor | Head, temperature: float | Tensor, chunk_tokens: int | None, backend: str | None
+    source: Tensor | Head,
+    temperature: float | Tensor,
+    chunk_tokens: int | None,
+    memory_budget: int | None,
+    backend: str | None,
 ) -> tuple[Tensor, ...]:
-    checks.chunk_tokens(chunk_tokens)
+    checks.chunking(chunk_tokens, memory_budget)
     s = DenseSource("source", source)
     row = PerToken.of(s)
     tensors = (*s.tensors(row, s.vocab), row("temperature", temperature, above=0.0))
-    spec = Stats("", chunk_tokens, s.side, s.vocab)
+    spec = Stats("", chunk_tokens, memory_budget, s.side, s.vocab)
     return tuple(x.reshape(s.lead) for x in apply(spec, tensors, backend))
 
 
@@ -72,6 +77,7 @@ def selected_log_probs(
     *,
     temperature: float | Tensor = 1.0,
     chunk_tokens: int | None = None,
+    memory_budget: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Log-probabilities of listed entries. In plain PyTorch::
@@ -82,7 +88,7 @@ def selected_log_probs(
         source: logits [..., V] or a :class:`~fastkd.Head`.
         ids: [..., K] int64 or int32 in [0, V); an id may stand twice.
         temperature: a float or [...] above 0.
-        chunk_tokens, backend: as in :func:`fastkd.kd_loss`.
+        chunk_tokens, memory_budget, backend: as in :func:`fastkd.kd_loss`.
 
     Returns:
         [..., K], float32 (float64 for float64), differentiable.
@@ -96,9 +102,14 @@ def selected_log_probs(
 
 
 def _selected_log_probs(
-    source: Tensor | Head, ids: Tensor, temperature: float | Tensor, chunk_tokens: int | None, backend: str | None
+    source: Tensor | Head,
+    ids: Tensor,
+    temperature: float | Tensor,
+    chunk_tokens: int | None,
+    memory_budget: int | None,
+    backend: str | None,
 ) -> Tensor:
-    checks.chunk_tokens(chunk_tokens)
+    checks.chunking(chunk_tokens, memory_budget)
     s = DenseSource("source", source)
     row = PerToken.of(s)
     row.check_device("ids", checks.is_index("ids", ids))
@@ -111,7 +122,7 @@ def _selected_log_probs(
         row("temperature", temperature, above=0.0),
         ids.reshape(*row.size, ids.shape[-1]),
     )
-    return apply(Select("", chunk_tokens, s.side, s.vocab), tensors, backend)[0].reshape(ids.shape)
+    return apply(Select("", chunk_tokens, memory_budget, s.side, s.vocab), tensors, backend)[0].reshape(ids.shape)
 
 
 class TopTokens(NamedTuple):
@@ -128,6 +139,7 @@ def topk(
     *,
     temperature: float | Tensor = 1.0,
     chunk_tokens: int | None = None,
+    memory_budget: int | None = None,
     backend: str | None = None,
 ) -> TopTokens:
     """The k likeliest entries of each token: what :class:`fastkd.TopK` takes. In plain PyTorch::
@@ -140,7 +152,7 @@ def topk(
         source: logits [..., V] or a :class:`~fastkd.Head`.
         k: how many, from 1 to V. Of entries that are equal the lower id comes first.
         temperature: a float or [...] above 0.
-        chunk_tokens, backend: as in :func:`fastkd.kd_loss`.
+        chunk_tokens, memory_budget, backend: as in :func:`fastkd.kd_loss`.
 
     Returns:
         :class:`TopTokens`: int64 and float32 (float64 for float64). All but ``ids`` are differentiable. With k = V the
@@ -159,13 +171,18 @@ def _top_tokens(log_probs: Tensor, log_tail: Tensor, ids: Tensor) -> TopTokens:
 
 
 def _topk(
-    source: Tensor | Head, k: int, temperature: float | Tensor, chunk_tokens: int | None, backend: str | None
+    source: Tensor | Head,
+    k: int,
+    temperature: float | Tensor,
+    chunk_tokens: int | None,
+    memory_budget: int | None,
+    backend: str | None,
 ) -> tuple[Tensor, ...]:
-    checks.chunk_tokens(chunk_tokens)
+    checks.chunking(chunk_tokens, memory_budget)
     s = DenseSource("source", source)
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= s.vocab:
         raise ValueError(f"k must be an integer from 1 to the vocabulary's size {s.vocab}, got {k!r}")
     row = PerToken.of(s)
     tensors = (*s.tensors(row, s.vocab), row("temperature", temperature, above=0.0))
-    log_probs, log_tail, ids = apply(Top("", chunk_tokens, s.side, s.vocab, k), tensors, backend)
+    log_probs, log_tail, ids = apply(Top("", chunk_tokens, memory_budget, s.side, s.vocab, k), tensors, backend)
     return log_probs.reshape(*s.lead, k), log_tail.reshape(s.lead), ids.reshape(*s.lead, k)

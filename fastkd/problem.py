@@ -126,7 +126,8 @@ class Spec:
     """Settings of one op. ``backend`` names who computes it."""
 
     backend: str
-    chunk: int | None
+    chunk: int | None  # tokens at a time
+    budget: int | None  # bytes, where chunk is None
 
     @lru_cache(maxsize=1024)  # noqa: B019 - a few settings, which live as long as the program
     def encode(self) -> str:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import rows_torch
 from fastkd.backends import extension
 from fastkd.problem import Side
 from fastkd.rows_torch import Rows
 from fastkd.sparse import Listed
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LOOKS, COMPACT, ROW_TENSORS = True, True, 0
 _NOTHING = (0, 0, 0, 0)
 LARGE = 8 * 2**20  # bytes from which memory is pooled
 
@@ -156,37 +156,17 @@ def top(
     return log_probs, log_tail, ids
 
 
-class Sum(rows_torch.Sum):
-    """A float32 sum. That of a bfloat16 out is kept in 24 bits, the upper 16 in out itself and 8 beside it: its parts,
-    results of bfloat16 products, have lost more than that already."""
+def accumulate(high: Tensor, low: Tensor | None, part: Tensor, first: bool) -> None:
+    """high [m, D] float32 += part [m, D]; = where first. With low [m, D] uint8 the sum has 24 bits, the upper 16 in
+    high [m, D] bfloat16."""
+    _kernels().accumulate(
+        *(high.data_ptr(), _at(low), part.data_ptr(), DTYPES[part.dtype], part.numel(), first, torch.get_num_threads())
+    )
 
-    def __init__(self, out: Tensor) -> None:
-        self.low: Tensor | None = None
-        if out.dtype == torch.bfloat16:
-            self.out, self.wide, self.low = out, None, empty(out.shape, torch.uint8, out.device)
-        else:
-            super().__init__(out)
 
-    @staticmethod
-    def extra_bytes(dtype: torch.dtype) -> int:
-        """Memory beside out, an element."""
-        return 1 if dtype == torch.bfloat16 else rows_torch.Sum.extra_bytes(dtype)
-
-    def add(self, start: int, part: Tensor, first: bool) -> None:
-        """rows [start, start + n) += part [n, D]; = where first"""
-        high = self.out if self.wide is None else self.wide
-        low = None if self.low is None else self.low[start:]
-        _kernels().accumulate(
-            *(high[start:].data_ptr(), _at(low), part.data_ptr(), DTYPES[part.dtype]),
-            *(part.numel(), first, torch.get_num_threads()),
-        )
-
-    def close(self) -> None:
-        """Round into out."""
-        if self.low is None:
-            super().close()
-        else:
-            _kernels().round_sum(self.out.data_ptr(), self.low.data_ptr(), self.out.numel(), torch.get_num_threads())
+def round_sum(high: Tensor, low: Tensor) -> None:
+    """high = the 24 bits of high and low, rounded."""
+    _kernels().round_sum(high.data_ptr(), low.data_ptr(), high.numel(), torch.get_num_threads())
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

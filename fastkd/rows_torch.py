@@ -12,9 +12,16 @@ import torch
 from torch import Tensor
 
 from fastkd.divergences import Divergence, _times
-from fastkd.problem import Side, accumulation
+from fastkd.problem import Side
 from fastkd.sparse import Listed, listing, logsumexp, outcomes
 from fastkd.sparse import spread as listed_rows
+
+LOOKS = True  # may the driver look at values on the CPU, where that makes nothing wait
+COMPACT = False  # are sums kept in 24 bits, see accumulate
+# [n, V] tensors in the accumulation dtype that a row op holds at its peak. divergence: logits, log q, log p and h for
+# the whole call; then p, log p - log q, the same where p > 0, and their product. sparse: logits, those over T, the
+# unlisted of them, their shares, and the gradient; then that over T, times the slope, times the factor
+ROW_TENSORS = 8
 
 
 @dataclass(frozen=True)
@@ -158,30 +165,11 @@ def top(
     return log_q.gather(-1, ids), rest - x.logsumexp(-1), ids
 
 
-class Sum:
-    """out [V, D] = a sum of parts, in float32 (float64) until close()."""
-
-    wide: Tensor | None  # the running sum, where it is one tensor
-
-    def __init__(self, out: Tensor) -> None:
-        self.out, dtype = out, accumulation(out.dtype)
-        self.wide = out if out.dtype == dtype else empty(out.shape, dtype, out.device)
-
-    @staticmethod
-    def extra_bytes(dtype: torch.dtype) -> int:
-        """Memory beside out, an element."""
-        return 0 if dtype == accumulation(dtype) else accumulation(dtype).itemsize
-
-    def add(self, start: int, part: Tensor, first: bool) -> None:
-        """rows [start, start + n) += part [n, D]; = where first"""
-        assert self.wide is not None
-        block = self.wide[start : start + part.shape[0]]
-        block.copy_(part) if first else block.add_(part.to(block.dtype))
-
-    def close(self) -> None:
-        """Round into out."""
-        if self.wide is not None and self.wide is not self.out:
-            self.out.copy_(self.wide)
+def accumulate(high: Tensor, low: Tensor | None, part: Tensor, first: bool) -> None:
+    """high [m, D] float32 (float64) += part [m, D]; = where first. Where COMPACT, high may be bfloat16: the upper 16
+    bits of a float32 sum, whose next 8 are low [m, D] uint8; a bfloat16 product has lost more than that."""
+    assert low is None
+    high.copy_(part) if first else high.add_(part.to(high.dtype))
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -49,7 +49,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
@@ -60,9 +61,10 @@ from torch.utils import _pytree
 from fastkd.backends import BACKENDS, CannotServe, use_backend
 from fastkd.cases import KD_FEATURES, OPS, kd_inputs
 from fastkd.cases import Maker as _Maker
+from fastkd.losses import kd_loss
 from fastkd.terminal import DTYPES
 
-__all__ = ["KD_FEATURES", "Case", "Expected", "Report", "Row", "allowance", "compare", "kd_inputs"]
+__all__ = ["KD_FEATURES", "Case", "Expected", "Report", "Row", "allowance", "compare", "kd_inputs", "serving"]
 
 CAP = 0.1  # of the reference's own norm
 SUMS = 24 * torch.finfo(torch.float32).eps  # the order in which float32 sums are taken
@@ -229,8 +231,8 @@ def _evaluate(
     results: dict[str, Tensor | None] = dict(zip(names, outputs))
     smooth = [y for y in outputs if y.requires_grad]
     if leaves and smooth:
-        generator = torch.Generator().manual_seed(seed)
-        cotangents = [(torch.rand(y.shape, generator=generator, dtype=torch.float64) + 0.5).to(y) for y in smooth]
+        drawn: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed), "device": "cpu"}
+        cotangents = [(torch.rand(y.shape, **drawn, dtype=torch.float64) + 0.5).to(y) for y in smooth]
         grads = torch.autograd.grad(smooth, list(leaves.values()), cotangents, allow_unused=True)
         results.update({f"grad {name}": g for name, g in zip(leaves, grads, strict=True)})
     return results
@@ -269,6 +271,18 @@ def _has_float64(device: str) -> bool:
     return True
 
 
+def serving(device: torch.device | str) -> list[str]:
+    """The backends that serve on a device, in order of preference: each of them is asked to."""
+    z = torch.zeros(1, 2, device=device)
+    found = []
+    for name in BACKENDS:
+        with suppress(CannotServe):
+            with suppress(RuntimeError):  # it serves, and fails: for whoever asks to find out
+                kd_loss(z, z, backend=name)
+            found.append(name)
+    return found
+
+
 def _known(name: str, value: Any, choices: Any) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
@@ -285,7 +299,7 @@ class Case:
     feature: str
     backend: str
     dtype: str = "fp32"
-    device: str = "cpu"
+    device: str = field(default_factory=lambda: str(torch.get_default_device()))
     seed: int = 0
     tokens: int = 13
     vocab: int = 1031

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from device import seeded
 
 import fastkd
 from fastkd import Head, Mixture, TopK
@@ -51,7 +52,7 @@ kd_op = pytest.mark.parametrize("op", KD_OPS)
 
 def inputs(dtype=torch.float32, grad=True, seed=0):
     """The same numbers for every dtype that holds them: rounded to bfloat16, drawn in float64."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     shapes = ((5, 4), (7, 4), (7,), (5, 3), (7, 3))
     return [
         torch.randn(s, generator=generator).bfloat16().to(dtype).requires_grad_(grad) for s in shapes
@@ -59,7 +60,7 @@ def inputs(dtype=torch.float32, grad=True, seed=0):
 
 
 def rand_like(x, seed=1):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return torch.randn(x.shape, generator=generator).bfloat16().to(x.dtype)
 
 

@@ -1,14 +1,43 @@
-"""What all tests share: the backends and instruction sets that this machine has, seeds, and the number of threads."""
+"""What all tests share: the backends and instruction sets that serve on the tests' device, seeds, and the number of
+threads. FASTKD_TEST_DEVICE names the device (device.py)."""
 
 import os
 import zlib
 
 import pytest
 import torch
+from device import DEVICE, EMULATED, KIND
 
+from fastkd import testing
 from fastkd.backends import BACKENDS, extension
 
-SERVING = [b.name for b in BACKENDS.values() if b.unavailable() is None]
+# files that run where the tests' device is the CPU alone: what they are about is the same on every device, or not there
+ON_CPU = {
+    "test_bench": "clocks, tables and the command line",
+    "test_cache": "files and the command line",
+    "test_cli": "the command line",
+    "test_cuda": "the CUDA kernels without a GPU",
+    "test_demo": "the demo runs on the CPU",
+    "test_docs": "documents",
+    "test_fsdp": "processes that share the CPU",
+    "test_gpu_driver": "what the driver does for a GPU, shown without one",
+    "test_kernels": "compilers",
+    "test_kl_div": "elsewhere kl_div is torch's own; fastkd validate holds it against float64",
+    "test_memory": "resident memory",
+    "test_packaging": "wheels",
+    "test_plan": "the command line, and resident memory",
+    "test_teacher_cache": "files",
+    "test_triton": "the Triton kernels without a GPU",
+    "test_validate": "the command line, which walks over the devices itself",
+}
+NOT_EMULATED = ("test_compile", "test_derivatives")  # for the marker `real`'s reasons
+MARKERS = (
+    "cpu(reason): runs where the tests' device is the CPU alone",
+    "real: needs what an emulated device does not have, such as torch.compile, torch.func, autocast, threads",
+)
+
+
+SERVING = testing.serving(DEVICE)
 FUSED = [name for name in SERVING if BACKENDS[name].rows is not None]
 EXTENSION = extension()[0]
 ISAS = [] if EXTENSION is None else EXTENSION.isas()
@@ -16,8 +45,34 @@ ISAS = [] if EXTENSION is None else EXTENSION.isas()
 ENGINES = [e for name in FUSED for e in ([f"{name}-{isa}" for isa in ISAS] if name == "cpu" else [name])]
 
 
-def pytest_configure():
+def pytest_configure(config):
+    for line in MARKERS:
+        config.addinivalue_line("markers", line)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))  # 2: rows are shared out among threads
+
+
+def pytest_report_header(config):
+    left_out = "" if KIND == "cpu" else "; left out: " + ", ".join(f"{name}* ({why})" for name, why in ON_CPU.items())
+    return f"device: {DEVICE}, backends: {', '.join(SERVING)}{left_out}"
+
+
+def pytest_ignore_collect(collection_path, config):
+    left_out = (*(ON_CPU if KIND != "cpu" else ()), *(NOT_EMULATED if EMULATED else ()))
+    return True if left_out and collection_path.stem.startswith(left_out) else None
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what is not for the device, and says how much."""
+    left_out = [item for item in items if _left_out(item)]
+    items[:] = [item for item in items if not _left_out(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+
+
+def _left_out(item):
+    marked = {mark.name for mark in item.iter_markers()}
+    absent = {"cpu": KIND != "cpu", "gpu": KIND != "cuda", "real": EMULATED}
+    return any(absent.get(name) for name in marked)
 
 
 @pytest.fixture

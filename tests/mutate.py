@@ -145,7 +145,7 @@ def build(tree: Path) -> bool:
     lines = setup.read_text().splitlines()
     setup.write_text("\n".join("X86_64 = False" if line.startswith("X86_64 =") else line for line in lines) + "\n")
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    env = {**os.environ, "FASTKD_REQUIRE_EXT": "1"}
+    env = {**os.environ, "FASTKD_REQUIRE_EXT": "1", "FASTKD_CUDA": "0"}
     return subprocess.run(command, cwd=tree, env=env, capture_output=True).returncode == 0
 
 

@@ -19,6 +19,7 @@ from autograd_cases import (
     rand_like,
     reference,
 )
+from device import KIND
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -125,7 +126,7 @@ def test_training_in_place(settings, backend):
 
 
 def test_training_with_a_loss_scale(backend):
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaler = torch.amp.GradScaler(KIND, init_scale=2.0**16)
     assert_all_near(train(backend, scaler=scaler), train("reference"), 1e-4)
     assert scaler.get_scale() == 2.0**16  # no step was skipped
 
@@ -193,6 +194,7 @@ def test_backward_to_some_of_the_inputs(backend):
     assert_near(a[4].grad, torch.autograd.grad(OPS["mean"](*a, backend=backend), a[4])[0].double())
 
 
+@pytest.mark.real
 @op_of
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(op, mode, any_backend):

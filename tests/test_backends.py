@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from device import DEVICE, KIND, seeded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
@@ -34,9 +35,9 @@ class Served(TorchDispatchMode):
 
 
 def heads(dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     shapes = ((5, 4), (7, 4), (5, 3), (7, 3))
-    h, w, ht, wt = (torch.randn(s, generator=generator).to(dtype) for s in shapes)
+    h, w, ht, wt = (torch.randn(s, generator=generator, device=DEVICE).to(dtype) for s in shapes)
     return Head(h.requires_grad_(), w.requires_grad_()), Head(ht, wt)
 
 
@@ -49,10 +50,10 @@ def served_by(dtype=torch.float32, **kwargs):
 @pytest.fixture
 def fresh_warnings():
     """Warnings that are given once a process are given again."""
-    for warned in (backends._warn_no_extension, backends._warn_materialised):
+    for warned in (backends._warn_slower, backends._warn_materialised):
         warned.cache_clear()
     yield
-    for warned in (backends._warn_no_extension, backends._warn_materialised):
+    for warned in (backends._warn_slower, backends._warn_materialised):
         warned.cache_clear()
 
 
@@ -74,6 +75,7 @@ def test_the_table():
         assert (backend.rows is None) == (name == "reference")
 
 
+@pytest.mark.cpu("the C++ backend")
 @needs_extension
 def test_the_first_that_can_serve():
     assert served_by() == "cpu"
@@ -116,6 +118,7 @@ def test_the_context_ends_with_an_exception():
     assert served_by() == default
 
 
+@pytest.mark.real
 def test_the_context_is_that_of_its_thread():
     results = {}
 
@@ -160,6 +163,7 @@ def test_an_unknown_name_lists_the_choices(how, monkeypatch):
             fastkd.kd_loss(*heads())
 
 
+@pytest.mark.cpu("the C++ backend")
 @needs_extension
 @pytest.mark.parametrize("how", ["argument", "context", "environment"])
 def test_one_that_was_asked_for_and_cannot_serve_says_why(how, monkeypatch):
@@ -203,8 +207,10 @@ def test_the_reference_serves_with_a_warning_only_where_nobody_asked_for_it(fres
 # --- without the extension -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.cpu("the C++ backend")
 def test_without_the_extension_torch_serves_and_says_so_once(no_extension):
-    with pytest.warns(UserWarning, match="the torch backend serves, slower than the C.. one: .*none here") as caught:
+    message = "the torch backend serves, slower than others would. cpu: .*none here"
+    with pytest.warns(UserWarning, match=message) as caught:
         assert [served_by() for _ in range(3)] == ["torch"] * 3
         fastkd.token_stats(heads()[0])
     assert len(caught) == 1
@@ -232,6 +238,7 @@ def test_the_extension_names_why_it_is_missing(monkeypatch):
     assert module is None and reason.startswith("the C++ extension fastkd._C cannot be imported: ")
 
 
+@pytest.mark.cpu("the C++ backend")
 @needs_extension
 def test_instruction_sets():
     module = extension()[0]
@@ -294,6 +301,7 @@ def test_a_divergence_of_ones_own(own_divergence, scale):
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
 
 
+@pytest.mark.cpu("the C++ backend")
 def test_a_divergence_of_ones_own_and_its_limits(own_divergence):
     if extension()[0] is not None:
         with pytest.raises(
@@ -307,6 +315,7 @@ def test_a_divergence_of_ones_own_and_its_limits(own_divergence):
         divergences.register(own_divergence)
 
 
+@pytest.mark.real
 def test_a_divergence_of_ones_own_compiles(own_divergence):
     torch._dynamo.reset()
     student, teacher = heads()
@@ -340,7 +349,7 @@ def own_target():
 
 @pytest.mark.parametrize("weights", [False, True])
 def test_a_target_of_ones_own(own_target, weights, backend):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     inputs = testing.kd_inputs("plain", temperature=1.5, reduction="none", chunk_tokens=4)
     share = torch.rand(13, generator=generator)
     if weights:
@@ -373,12 +382,13 @@ def recipe(student, teacher, reduction="mean", **_):
 
 def under_autocast(f, **settings):
     def call(**kwargs):
-        with torch.autocast("cpu", torch.bfloat16, **settings):
+        with torch.autocast(KIND, torch.bfloat16, **settings):
             return f(**kwargs)
 
     return call
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_autocast_multiplies_in_bfloat16(reduction, any_backend):
     inputs = testing.kd_inputs("plain", reduction=reduction)
@@ -397,18 +407,20 @@ def test_autocast_multiplies_in_bfloat16(reduction, any_backend):
     assert [g.dtype for g in grads] == [torch.float32] * 2
 
 
+@pytest.mark.real
 def test_autocast_ends_with_the_forward(backend):
     """The backward runs outside the context, as torch advises, and recomputes in the forward's dtype."""
     inputs = testing.kd_inputs("plain", reduction="none")
     leaves = inputs["student"].hidden, inputs["student"].weight
     u = torch.rand(13)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(KIND, torch.bfloat16):
         loss = fastkd.kd_loss(**inputs, backend=backend)
         inside = torch.autograd.grad(loss, leaves, u, retain_graph=True)
     outside = torch.autograd.grad(loss, leaves, u)
     assert all(map(torch.equal, inside, outside))
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("op", ["token_stats", "selected_log_probs"])
 def test_autocast_of_the_building_blocks(op, any_backend):
     student = testing.kd_inputs("bias")["student"]
@@ -419,7 +431,7 @@ def test_autocast_of_the_building_blocks(op, any_backend):
             return fastkd.token_stats(student, backend=any_backend).lse
         return fastkd.selected_log_probs(student, ids, backend=any_backend)
 
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(KIND, torch.bfloat16):
         got = call()
         logits = F.linear(student.hidden, student.weight, student.bias).float()
     want = logits.logsumexp(-1) if op == "token_stats" else logits.log_softmax(-1).gather(-1, ids)
@@ -427,28 +439,30 @@ def test_autocast_of_the_building_blocks(op, any_backend):
     assert (got - call()).abs().max() > 1e-4
 
 
+@pytest.mark.real
 def test_autocast_that_is_off_and_float64(any_backend):
     inputs = testing.kd_inputs("plain")
     want = fastkd.kd_loss(**inputs, backend=any_backend)
-    with torch.autocast("cpu", torch.bfloat16):
-        with torch.autocast("cpu", enabled=False):
+    with torch.autocast(KIND, torch.bfloat16):
+        with torch.autocast(KIND, enabled=False):
             assert torch.equal(fastkd.kd_loss(**inputs, backend=any_backend), want)
         logits = torch.randn(5, 9), torch.randn(5, 9)
         got = fastkd.kd_loss(*logits, backend=any_backend)  # given logits are nobody's to round
     assert torch.equal(got, fastkd.kd_loss(*logits, backend=any_backend))
     if any_backend != "cpu":
         inputs = testing.kd_inputs("plain", dtype=torch.float64)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(KIND, torch.bfloat16):
             got = fastkd.kd_loss(**inputs, backend=any_backend)
         assert got.dtype == torch.float64 and torch.equal(got, fastkd.kd_loss(**inputs, backend=any_backend))
 
 
+@pytest.mark.real
 def test_mixed_dtypes_need_autocast(any_backend):
     inputs = testing.kd_inputs("plain")
     student = Head(inputs["student"].hidden.detach().bfloat16().requires_grad_(), inputs["student"].weight)
     with pytest.raises(ValueError, match=r"student.hidden, student.weight and student.bias must have one dtype"):
         fastkd.kd_loss(student, inputs["teacher"], backend=any_backend)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(KIND, torch.bfloat16):
         loss = fastkd.kd_loss(student, inputs["teacher"], backend=any_backend)
         want = recipe(student, inputs["teacher"])
     torch.testing.assert_close(loss, want, rtol=1e-4, atol=0)

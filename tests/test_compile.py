@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from device import seeded
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,7 +19,7 @@ V = 7
 
 def inputs(n, grad=True):
     """hidden, weight, bias, teacher hidden, teacher weight; per-token numbers; labels"""
-    generator = torch.Generator().manual_seed(n)
+    generator = seeded(n)
     shapes = ((n, 4), (V, 4), (V,), (n, 3), (V, 3))
     a = [torch.randn(s, generator=generator).requires_grad_(grad) for s in shapes]
     labels = torch.randint(V, (n,), generator=generator)

@@ -17,6 +17,7 @@ from autograd_cases import (
     rand_like,
     reference,
 )
+from device import seeded
 from torch.autograd import forward_ad
 
 import fastkd
@@ -220,7 +221,7 @@ def test_batched_backward_of_a_scalar_works_and_of_tokens_is_refused(backend):
 @pytest.mark.parametrize("in_dims", [(0, None), (None, 0), (0, 0), (1, 2)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_vmap_over_hidden_states_and_heads(in_dims, reduction, backend):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     _, _, b, ht, wt = inputs(grad=False)
     shapes = ((5, 4), (7, 4))
     h, w = (

@@ -184,6 +184,7 @@ def test_what_does_not_add():
             bad()
 
 
+@pytest.mark.cpu("the C++ backend")
 def test_a_divergence_of_your_own():
     """register() makes it known by name; the torch backend computes it, the C++ one says that it cannot."""
     from dataclasses import dataclass

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import formulas
 import pytest
 import torch
+from device import DEVICE
 
 import fastkd
 from fastkd import Head, testing
@@ -156,7 +157,7 @@ def close(got, expected, terms=0.0):
 
 @pytest.fixture
 def logits():
-    m = testing._Maker(N, V, (0, 0), torch.float32, 1, "cpu")
+    m = testing._Maker(N, V, (0, 0), torch.float32, 1, DEVICE)
     teacher = m.normal(N, V, scale=1.5, grad=False)
     return teacher + m.normal(N, V, scale=0.8, grad=False), teacher
 

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from device import HERE, names
 
 import fastkd
 from fastkd import Head, Labels, targets
@@ -22,6 +23,8 @@ def at(value, i=2, like=ROW):
     x[i] = value
     return x
 
+
+VALUES = ("a temperature", "a teacher_temperature", "a label ", "an id ")  # cases about one value among others
 
 # what is wrong -> arguments of kd_loss (the rest is good), the error, and what its message must show
 KD_LOSS = {
@@ -79,18 +82,18 @@ KD_LOSS = {
         {"student": Head(S.hidden, S.weight, logit_scale=torch.ones(()))},
         *(TypeError, "student.logit_scale", "a number", "Tensor"),
     ),
-    "student elsewhere": ({"student": X.to("meta")}, ValueError, "student on meta", "teacher on cpu"),
+    "student elsewhere": ({"student": X.to("meta")}, ValueError, "student on meta", f"teacher on {HERE}"),
     "weight elsewhere": (
         {"student": Head(S.hidden, S.weight.to("meta"))},
-        *(ValueError, "student.hidden on cpu", "student.weight on meta"),
+        *(ValueError, f"student.hidden on {HERE}", "student.weight on meta"),
     ),
     "bias elsewhere": (
         {"teacher": Head(T.hidden, T.weight, torch.zeros(V, device="meta"))},
-        *(ValueError, "teacher.bias on meta", "teacher.hidden on cpu"),
+        *(ValueError, "teacher.bias on meta", f"teacher.hidden on {HERE}"),
     ),
-    "weights elsewhere": ({"weights": ROW.to("meta")}, ValueError, "weights", "cpu", "meta"),
-    "labels elsewhere": ({"labels": IDS.to("meta")}, ValueError, "labels", "cpu", "meta"),
-    "temperature elsewhere": ({"temperature": ROW.to("meta")}, ValueError, "temperature", "cpu", "meta"),
+    "weights elsewhere": ({"weights": ROW.to("meta")}, ValueError, "weights", HERE, "meta"),
+    "labels elsewhere": ({"labels": IDS.to("meta")}, ValueError, "labels", HERE, "meta"),
+    "temperature elsewhere": ({"temperature": ROW.to("meta")}, ValueError, "temperature", HERE, "meta"),
     "temperature 0": ({"temperature": 0.0}, ValueError, "temperature", "above 0", "0.0"),
     "temperature negative": ({"temperature": -2}, ValueError, "temperature", "above 0", "-2"),
     "temperature NaN": ({"temperature": NAN}, ValueError, "temperature", "finite", "nan"),
@@ -179,7 +182,7 @@ SELECT = {
     "ids without K": ({"ids": IDS}, ValueError, "ids", "[..., K]", "[5]"),
     "an id too large": ({"ids": at(V, like=IDS)[:, None]}, ValueError, "ids", "[0, 7)", "7"),
     "an id negative": ({"ids": at(-1, like=IDS)[:, None]}, ValueError, "ids", "[0, 7)", "-1"),
-    "ids elsewhere": ({"ids": IDS[:, None].to("meta")}, ValueError, "ids", "cpu", "meta"),
+    "ids elsewhere": ({"ids": IDS[:, None].to("meta")}, ValueError, "ids", HERE, "meta"),
 }
 
 
@@ -192,7 +195,7 @@ def refuses(call, good, bad, error, *shown):
         )
 
 
-@pytest.mark.parametrize("what", KD_LOSS)
+@pytest.mark.parametrize("what", names(KD_LOSS, *VALUES))
 def test_kd_loss_refuses(any_backend, what):
     bad, *expected = KD_LOSS[what]
     head = bad.get("student", bad.get("teacher"))
@@ -204,7 +207,7 @@ def test_kd_loss_refuses(any_backend, what):
     refuses(fastkd.kd_loss, good | {"backend": any_backend}, bad, *expected)
 
 
-@pytest.mark.parametrize("what", BLOCKS)
+@pytest.mark.parametrize("what", names(BLOCKS, *VALUES))
 def test_building_blocks_refuse(any_backend, what):
     bad, *expected = BLOCKS[what]
     good = {"source": S, "backend": any_backend}
@@ -212,7 +215,7 @@ def test_building_blocks_refuse(any_backend, what):
     refuses(fastkd.selected_log_probs, good | {"ids": IDS[:, None]}, bad, *expected)
 
 
-@pytest.mark.parametrize("what", SELECT)
+@pytest.mark.parametrize("what", names(SELECT, *VALUES))
 def test_selected_log_probs_refuses(any_backend, what):
     bad, *expected = SELECT[what]
     refuses(fastkd.selected_log_probs, {"source": X, "backend": any_backend}, bad, *expected)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from device import DEVICE
 from torch.utils import _pytree
 
 import fastkd
@@ -89,7 +90,7 @@ kds = pytest.mark.parametrize("op", [OPS[n] for n in KD], ids=KD)
 
 
 def made(op, seed=0, tokens=7, vocab=V, dtype=torch.float32):
-    return op.make(testing._Maker(tokens, vocab, (D, D + 1), dtype, seed, "cpu"))
+    return op.make(testing._Maker(tokens, vocab, (D, D + 1), dtype, seed, DEVICE))
 
 
 def learned(inputs):

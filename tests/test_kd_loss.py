@@ -3,6 +3,7 @@
 import formulas
 import pytest
 import torch
+from device import DEVICE
 
 import fastkd
 from fastkd import Head, chunks, testing
@@ -64,7 +65,7 @@ def test_every_divergence_has_a_formula():
 
 def logits_pair(seed, dtype=torch.float32, tokens=7, vocab=TILE + 77, teacher_grad=False):
     """Student and teacher that agree in part, so that no ratio p / q is extreme."""
-    m = testing._Maker(tokens, vocab, (0, 0), dtype, seed, "cpu")
+    m = testing._Maker(tokens, vocab, (0, 0), dtype, seed, DEVICE)
     teacher = m.normal(tokens, vocab, scale=1.5, grad=teacher_grad)
     student = (teacher.detach() + m.normal(tokens, vocab, scale=0.8, grad=False)).requires_grad_()
     return {"student": student, "teacher": teacher}
@@ -82,7 +83,7 @@ def test_divergence_and_both_gradients(engine, dtype, name, seed):
 @pytest.mark.parametrize("name", formulas.FORMULAS)
 def test_divergence_of_heads(backend, name, seed):
     divergence, term = formulas.FORMULAS[name]
-    m = testing._Maker(9, 257, (12, 20), torch.float32, seed, "cpu")
+    m = testing._Maker(9, 257, (12, 20), torch.float32, seed, DEVICE)
     heads = [Head(m.normal(9, d), m.normal(257, d, scale=d**-0.5)) for d in m.hidden]
     inputs = {"student": heads[0], "teacher": heads[1], "divergence": divergence, "reduction": "none"}
     check(inputs, formulas.divergence(term), backend=backend, chunk_tokens=4)
@@ -171,7 +172,7 @@ def test_the_chunk_does_not_matter(backend, feature, reduction, seed):
 
 
 def test_dweight_in_bfloat16_over_64_chunks_is_as_good_as_over_one(backend, seed):
-    m = testing._Maker(256, 128, (32, 32), torch.bfloat16, seed, "cpu")
+    m = testing._Maker(256, 128, (32, 32), torch.bfloat16, seed, DEVICE)
     student, teacher = m.head(32, True), m.head(32, False)
     student = Head((student.hidden.detach() + 1).requires_grad_(), student.weight)  # sums grow from chunk to chunk
 
@@ -209,6 +210,7 @@ def gemms(function):
     return sum(e.count for e in profile.key_averages() if e.key in names)
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("frozen", range(16))
 def test_a_frozen_input_gets_no_gradient_and_costs_no_gemm(backend, reduction, frozen, seed):
@@ -236,6 +238,7 @@ def test_a_frozen_input_gets_no_gradient_and_costs_no_gemm(backend, reduction, f
         assert torch.equal(grad, full[name]) if needs else grad is None
 
 
+@pytest.mark.real
 def test_no_grad_makes_no_gradient(backend, seed):
     inputs = testing.kd_inputs("both receive gradients", vocab=65, seed=seed)
 
@@ -259,7 +262,7 @@ def test_a_frozen_head_has_no_accumulator(backend, seed, monkeypatch):
 
 def test_tied_heads(any_backend, seed):
     """One weight for student and teacher, which is the embedding too: its gradient is the sum of all of them."""
-    m = testing._Maker(11, 67, (16, 16), torch.float32, seed, "cpu")
+    m = testing._Maker(11, 67, (16, 16), torch.float32, seed, DEVICE)
     weight, ids, other = m.normal(67, 16, scale=0.5), m.ids(), m.normal(11, 16, grad=False)
 
     def dweight(w, loss):

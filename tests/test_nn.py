@@ -108,6 +108,7 @@ def test_copies(via):
     assert repr(other) == repr(criterion)
 
 
+@pytest.mark.real
 def test_compile():
     torch._dynamo.reset()
     criterion = DistillLoss("skew_kl", temperature=2.0, t_squared=True)

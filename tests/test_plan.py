@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastkd import chunks, cli, plan
+from fastkd import chunks, cli, plan, rows_torch
 from fastkd.backends import extension
 from fastkd.bench import memory
 from fastkd.bench.work import WORKS, Case
@@ -72,28 +72,37 @@ def test_a_listed_teacher_by_hand():
     assert cpu == {"log-softmax": n * v * 2, "its gradient": n * v * 2, "sum of that in float32": n * v * 4}
     assert plan.total(gpu) == 3 * n * v * 2
     assert plan.total(plan.naive_bytes(n, v, d, torch.bfloat16, torch.float32, top_k=k)) == 3 * n * v * 4
-    size = chunks.chunk_tokens(v)
     of_torch = {"backend": "torch", "device": "cuda"}
     with_head, listed = (plan.fused_bytes(n, v, d, **of_torch, top_k=k) for k in (None, k))
     assert with_head.keys() - listed.keys() == {"teacher's logits, a chunk"}
+    size = 2**30 // (v * (2 + 8 * 4)) // 128 * 128
     assert listed["listed entries, a chunk"] == size * k * 24
-    assert listed["row op"] == plan.ROW_TENSORS * size * v * 4
+    assert listed["row op"] == rows_torch.ROW_TENSORS * size * v * 4
 
 
 @pytest.mark.skipif(extension()[0] is None, reason="the C++ extension is not built")
 def test_fused_by_hand():
-    n, v, d, size = 4096, 32000, 1024, chunks.chunk_tokens(32000)
+    n, v, d, size = 4096, 32000, 1024, chunks.chunk_tokens(32000, 0, "cpu", None)
     parts = plan.fused_bytes(n, v, d, dtype=torch.bfloat16)
     assert parts["student's logits, a chunk"] == parts["teacher's logits, a chunk"] == size * v * 2
     assert parts["dH"] == n * d * 2 and parts["dW"] == v * d * 2
-    assert parts["sum of dW, beside it"] == v * d * plan.sum_bytes("cpu", torch.bfloat16)
-    assert 0 < plan.sum_bytes("cpu", torch.bfloat16) <= 2 and plan.sum_bytes("torch", torch.bfloat16) == 4
-    assert plan.sum_bytes("cpu", torch.float32) == plan.sum_bytes("torch", torch.float64) == 0
+    assert parts["sum of dW, beside it"] == v * d
     smaller = plan.fused_bytes(n, v, d, dtype=torch.bfloat16, chunk_tokens=64)
     assert smaller["student's logits, a chunk"] == 64 * v * 2
     gpu = plan.fused_bytes(n, v, d, dtype=torch.bfloat16, backend="torch", device="cuda")
     assert gpu["dW"] == v * d * 2 and gpu["sum of dW, beside it"] == v * d * 4
-    assert gpu["row op"] == plan.ROW_TENSORS * size * v * 4
+    assert gpu["row op"] == rows_torch.ROW_TENSORS * (2**30 // (v * 36) // 128 * 128) * v * 4
+
+
+def test_a_gpu_by_hand():
+    n, v, d = 8192, 128256, 4096
+    parts = plan.fused_bytes(n, v, d, dtype=torch.bfloat16, backend="cuda", device="cuda")
+    assert parts["student's logits, a chunk"] == 2048 * v * 2  # 2,093 tokens fit into 1 GiB
+    assert parts["sum of dW, beside it"] == v * d  # in float32 it would pass the budget
+    extra = plan.total(parts) - parts["dH"] - parts["dW"]
+    assert extra < 1.5 * 2**30
+    more = plan.fused_bytes(n, v, d, dtype=torch.bfloat16, backend="cuda", device="cuda", memory_budget=2 * 2**30)
+    assert more["sum of dW, beside it"] == 4 * v * d and more["student's logits, a chunk"] == 4096 * v * 2
 
 
 def report(capsys, *arguments):

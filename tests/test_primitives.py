@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from device import LOOKS, seeded
 
 import fastkd
 from fastkd import Head, testing
@@ -53,7 +54,7 @@ CASES = {
 
 
 def case(name, dtype=torch.float32):
-    return CASES[name](torch.Generator().manual_seed(0), dtype)
+    return CASES[name](seeded(0), dtype)
 
 
 def lead_and_vocab(source):
@@ -138,7 +139,7 @@ def test_one_none_and_all_entries(k, engine):
 
 
 def test_the_recipes_that_the_docstrings_give(any_backend):
-    g = torch.Generator().manual_seed(0)
+    g = seeded(0)
     source, ids = head(g, torch.float32, bias=normal(g, V)), torch.randint(V, (N, 4), generator=g)
     leaves = (source.hidden, source.weight, source.bias)
     logits = F.linear(*leaves).double() / 1.7
@@ -291,6 +292,7 @@ def test_inputs_stay_as_they_are(engine):
 # --- errors --------------------------------------------------------------------------------------------------------
 
 
+@LOOKS
 @pytest.mark.parametrize("bad", [V, -1, -100, 2**40])
 def test_ids_out_of_range(bad, any_backend):
     ids = torch.zeros(N, 2, dtype=torch.long)
@@ -310,7 +312,7 @@ def test_ids_out_of_range(bad, any_backend):
         ),
         ({"ids": torch.tensor(3)}, ValueError, r"ids must be \[..., K\]"),
         ({"temperature": 0.0}, ValueError, "temperature must be finite and above 0, got 0"),
-        ({"temperature": torch.zeros(N)}, ValueError, "temperature must be finite and above 0, got 0.0 at index"),
+        pytest.param({"temperature": torch.zeros(N)}, ValueError, "above 0, got 0.0 at index", marks=LOOKS),
         ({"temperature": torch.ones(N + 1)}, ValueError, r"temperature must have shape \[13\].*got \[14\]"),
         ({"source": [1.0]}, TypeError, "source must be .*got list"),
         ({"source": torch.zeros(N, V, dtype=torch.long)}, TypeError, "got torch.int64"),

@@ -6,6 +6,7 @@ import formulas
 import pytest
 import torch
 import torch.nn.functional as F
+from device import DEVICE
 from formulas import kl, materialise, per_token_kl
 
 import fastkd
@@ -15,13 +16,13 @@ from fastkd import divergences as D
 
 def batch(seed, *lead, vocab=53, grad=True):
     """Logits [*lead, V] of student and teacher."""
-    m = testing._Maker(1, vocab, (0, 0), torch.float32, seed, "cpu")
+    m = testing._Maker(1, vocab, (0, 0), torch.float32, seed, DEVICE)
     return {"student": m.normal(*lead, vocab, scale=2.0), "teacher": m.normal(*lead, vocab, scale=2.0, grad=grad)}
 
 
 def heads(seed, tokens=11, vocab=53, d=(12, 20), bias=False):
     """Two heads of different hidden sizes."""
-    m = testing._Maker(tokens, vocab, d, torch.float32, seed, "cpu")
+    m = testing._Maker(tokens, vocab, d, torch.float32, seed, DEVICE)
 
     def head(d):
         return Head(m.normal(tokens, d), m.normal(vocab, d, scale=2 * d**-0.5), m.normal(vocab) if bias else None)
@@ -85,7 +86,7 @@ def test_t_squared_multiplies_value_and_gradient(any_backend, seed):
 
 def test_teacher_temperature_and_centre(any_backend, seed):
     """DINO: the teacher centred and sharpened, cross-entropy."""
-    m = testing._Maker(11, 53, (12, 20), torch.float32, seed, "cpu")
+    m = testing._Maker(11, 53, (12, 20), torch.float32, seed, DEVICE)
     inputs, centre = heads(seed), m.normal(53)
     inputs["teacher"] = Head(inputs["teacher"].hidden, inputs["teacher"].weight, -centre.detach())
 
@@ -222,7 +223,7 @@ def test_one_side_logits_the_other_a_head(any_backend, side, seed):
 
 def test_attention_maps(any_backend, seed):
     """MiniLM, TinyBERT: KL of softmax(Q K^T / sqrt(d)) per head, student and teacher with other widths."""
-    m = testing._Maker(6, 9, (8, 4), torch.float32, seed, "cpu")
+    m = testing._Maker(6, 9, (8, 4), torch.float32, seed, DEVICE)
 
     def source(d):
         return Head(m.normal(2, 3, 6, d), m.normal(2, 3, 9, d), logit_scale=d**-0.5)
@@ -238,7 +239,7 @@ def test_attention_maps(any_backend, seed):
 
 def test_in_batch_similarity(any_backend, seed):
     """InfoNCE: labels over a head that is the other side's embeddings."""
-    m = testing._Maker(8, 8, (16, 16), torch.float32, seed, "cpu")
+    m = testing._Maker(8, 8, (16, 16), torch.float32, seed, DEVICE)
     inputs = {"student": Head(F.normalize(m.normal(8, 16).detach()).requires_grad_(), m.normal(8, 16))}
 
     def recipe(student, teacher=None):
@@ -315,7 +316,7 @@ def test_distillm_as_in_its_code(any_backend, seed):
 def test_a_short_distillation_follows_the_recipe(any_backend, seed, monkeypatch):
     """The loss curves agree, and they fall."""
     monkeypatch.setattr(chunks, "CHUNK_TOKENS", (16, 16))
-    m = testing._Maker(48, 211, (24, 32), torch.float32, seed, "cpu")
+    m = testing._Maker(48, 211, (24, 32), torch.float32, seed, DEVICE)
     x, teacher = m.normal(48, 12, grad=False), m.head(32, False)
 
     def curve(loss):

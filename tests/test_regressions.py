@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from device import LOOKS
 
 import fastkd
 from fastkd import Head, Labels, divergences, targets
@@ -17,6 +18,7 @@ def heads(n=3, d=4, v=11):
     return [torch.randn(*shape) for shape in ((n, d), (v, d), (n, d), (v, d))]
 
 
+@LOOKS
 def test_indices_in_a_tensor_subclass_are_checked(backend):
     h, w, *_ = heads()
     ids = torch.full((3, 2), 10**9).as_subclass(Subclass)
@@ -28,6 +30,7 @@ def test_indices_in_a_tensor_subclass_are_checked(backend):
         fastkd.token_stats(h, temperature=torch.full((3,), -1.0).as_subclass(Subclass), backend=backend)
 
 
+@pytest.mark.cpu("the C++ backend")
 def test_the_cpu_row_op_never_follows_a_bad_index():
     from fastkd import rows_cpu
     from fastkd.problem import Side
@@ -43,6 +46,7 @@ def test_kl_div_of_subnormal_targets():
     torch.testing.assert_close(fastkd.kl_div(x, t, reduction="sum"), F.kl_div(x, t, reduction="sum"))
 
 
+@pytest.mark.cpu("the C++ backend")
 def test_results_stay_on_the_inputs_device_whatever_the_default():
     h, w, ht, wt = heads()
     with torch.device("meta"):
@@ -119,6 +123,7 @@ def test_lse_of_a_row_of_minus_infinities(any_backend):
     assert lse[0] == -torch.inf and lse[1] == 1 and lse[2].isnan()
 
 
+@LOOKS
 def test_a_temperature_that_rounds_to_zero_is_refused():
     s = torch.randn(2, 5)
     for temperature in (1e-46, torch.tensor(1e-40)):
@@ -133,6 +138,7 @@ def test_a_learned_temperature_costs_nothing_without_grad(recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.cpu("the C++ backend")
 def test_half_precision_rows_round_to_nearest():
     specials = [0.0, -0.0, 6e-8, -3e-8, 6.1e-5, 65504.0, -65504.0, torch.inf, -torch.inf]
     s = torch.cat([torch.tensor(specials), torch.randn(991)]).half()[None]

@@ -4,6 +4,7 @@ import formulas
 import pytest
 import torch
 import torch.nn.functional as F
+from device import DEVICE, LOOKS, seeded
 
 import fastkd
 from fastkd import Head, Labels, Mixture, Samples, TopK, sparse, testing
@@ -40,16 +41,16 @@ def listed_loss(tail, term, student, teacher, temperature=1.0):
 
 def case(seed, tail="bucket", tokens=7, vocab=TILE + 77, k=19, dtype=torch.float32, padded=False):
     """Logits that agree with the teacher in part, so that no ratio is extreme."""
-    m = testing._Maker(tokens, vocab, (0, 0), dtype, seed, "cpu")
-    z = 1.5 * torch.randn(tokens, vocab, generator=m.generator, dtype=torch.float64)
+    g = seeded(seed)
+    z = 1.5 * torch.randn(tokens, vocab, generator=g, dtype=torch.float64)
     log_probs, ids = z.log_softmax(-1).topk(k)
-    order = torch.randperm(k, generator=m.generator)
+    order = torch.randperm(k, generator=g)
     log_probs, ids = log_probs[:, order], ids[:, order]
     if padded:
         ids[::2, -3:] = -1
         log_probs[1, 4] = -INF
     tail_mass = 1 - log_probs.masked_fill(ids < 0, -INF).exp().sum(-1)
-    student = (z + 0.8 * torch.randn(tokens, vocab, generator=m.generator, dtype=torch.float64)).to(dtype)
+    student = (z + 0.8 * torch.randn(tokens, vocab, generator=g, dtype=torch.float64)).to(dtype)
     log_tail = tail_mass.clamp(min=0).log().float() if k < vocab else torch.full((tokens,), -INF)
     return {
         "student": student.requires_grad_(),
@@ -273,6 +274,7 @@ def test_a_tail_mass_of_0(engine):
         )
 
 
+@LOOKS
 def test_rows_without_any_entry(engine):
     """Bucket and drop: nothing is known, nothing is compared. Uniform: an even teacher. Renormalized: no such row."""
     nothing = TopK(torch.tensor([[-1, -1]]), torch.tensor([[0.0, -INF]]))
@@ -517,11 +519,12 @@ def test_log_probs_that_require_grad_receive_them(tail, seed):
 # ---- cost ----
 
 
+@pytest.mark.real
 def test_three_gemms_and_no_row_of_the_teacher(backend, seed):
     """Logits, dH, dW; and a chunk of logits is the largest tensor that is made."""
     from test_kd_loss import gemms
 
-    m = testing._Maker(64, 1031, (24, 40), torch.float32, seed, "cpu")
+    m = testing._Maker(64, 1031, (24, 40), torch.float32, seed, DEVICE)
     inputs = {"student": m.head(24, True), "teacher": m.top_k(9), "backend": backend, "chunk_tokens": 16}
     assert gemms(lambda: fastkd.kd_loss(**inputs).backward()) == 3 * 4
     inputs["student"].weight.requires_grad_(False)
@@ -530,10 +533,11 @@ def test_three_gemms_and_no_row_of_the_teacher(backend, seed):
         assert gemms(lambda: fastkd.kd_loss(**inputs)) == 4
 
 
+@pytest.mark.real
 def test_float16_log_probs_do_not_cost_the_gradient_in_the_forward(backend, seed):
     from test_kd_loss import gemms
 
-    m = testing._Maker(8, 131, (24, 40), torch.bfloat16, seed, "cpu")
+    m = testing._Maker(8, 131, (24, 40), torch.bfloat16, seed, DEVICE)
     t = m.top_k(9)
     teacher = TopK(t.ids.int(), t.log_probs.half())
     student = m.head(24, True)
@@ -543,6 +547,7 @@ def test_float16_log_probs_do_not_cost_the_gradient_in_the_forward(backend, seed
 # ---- found in review ----
 
 
+@pytest.mark.real
 @tails
 def test_every_tail_compiles(tail):
     torch._dynamo.reset()
@@ -610,6 +615,7 @@ def test_an_even_tail_over_few(engine):
     )
 
 
+@LOOKS
 @pytest.mark.parametrize("tail", sparse.RENORMALIZED)
 def test_nothing_is_left_of_a_row_that_is_truncated(any_backend, tail):
     teacher = TopK(torch.tensor([[12, 13], [1, 2]]), torch.tensor([[-1.0, -2.0], [-1.0, -2.0]]), tail)
@@ -628,6 +634,7 @@ def test_padding_may_repeat_an_id_and_mass_may_be_tiny(any_backend):
     assert fastkd.kd_loss(s, tiny, backend=any_backend).isfinite()
 
 
+@pytest.mark.real
 def test_what_nobody_checked_is_nan():
     """Under vmap values cannot be looked at: an id out of range is no padding."""
     teacher = TopK(torch.tensor([[1, 99]]), torch.tensor([[0.5, 0.2]]).log())

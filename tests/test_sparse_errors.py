@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from device import names
 
 import fastkd
-from fastkd import Mixture, Samples, TopK
+from fastkd import Mixture, Samples, TopK, sparse
 from fastkd.sources import TAILS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,12 +26,22 @@ def with_log_p(value, where=(2, 1)):
     return log_p
 
 
+VALUES = (
+    "an id ",
+    "a sum above 1",
+    "probabilities for",
+    "a tail that does not",
+    "negative w",
+    "a negative w",
+    "weights of 0",
+)
+
 # what is wrong -> teacher, other arguments, and what the message must show
 REFUSED = {
-    "an id twice": (TopK(with_id(2), LOG_P), {}, "teacher.ids", "different from each other in a row", "got 2"),
+    "an id twice": (TopK(with_id(2), LOG_P), {}, "teacher.ids", "different from each other in a row", "[0, 2, 0]"),
     "an id too large": (TopK(with_id(7), LOG_P), {}, "teacher.ids", "[0, 7) or -1", "got 7", "[0, 2, 1]"),
     "an id of -2": (TopK(with_id(-2), LOG_P), {}, "teacher.ids", "or -1 for padding", "got -2"),
-    "a sum above 1": (TopK(IDS, with_log_p(-0.1)), {}, "teacher.log_probs", "sum to at most 1", "got 1.4"),
+    "a sum above 1": (TopK(IDS, with_log_p(-0.1)), {}, "teacher.log_probs", "sum to at most 1", "got 1.4", "[0, 2]"),
     "probabilities for log_probs": (TopK(IDS, LOG_P.exp()), {}, "teacher.log_probs", "sum to at most 1"),
     "a tail that does not fit": (
         TopK(IDS, LOG_P, log_tail=torch.zeros(5)),
@@ -86,8 +97,10 @@ REFUSED_TYPES = {
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_refused(any_backend, what):
+@pytest.mark.parametrize("entries", [sparse.CHECKED, 4])  # checked at a time: all, or those of two rows
+@pytest.mark.parametrize("what", names(REFUSED, *VALUES))
+def test_refused(any_backend, monkeypatch, what, entries):
+    monkeypatch.setattr(sparse, "CHECKED", entries)
     teacher, kwargs, *shown = REFUSED[what]
     with pytest.raises(ValueError) as caught:
         fastkd.kd_loss(S, teacher, **kwargs, backend=any_backend)

@@ -15,8 +15,6 @@ from fastkd.backends import BACKENDS, Backend, extension
 from fastkd.cases import OPS, Op
 
 SERVING = [b.name for b in BACKENDS.values() if b.unavailable() is None]
-ROW_OPS = {"Sum": rows_torch.Sum, "empty": rows_torch.empty, "stats": rows_torch.stats, "select": rows_torch.select}
-ROW_OPS["divergence"] = rows_torch.divergence
 
 
 def strict(text):
@@ -47,7 +45,7 @@ def fake(monkeypatch):
     """Enters a backend "fake" into the table: rows_torch with some functions replaced."""
 
     def enter(unavailable=None, why_not=None, **replaced):
-        rows = SimpleNamespace(**{**ROW_OPS, **replaced})
+        rows = SimpleNamespace(**{**vars(rows_torch), **replaced})
         backend = Backend("fake", "for a test", lambda: unavailable, lambda *_: why_not, lambda: rows)
         monkeypatch.setitem(BACKENDS, "fake", backend)
 
@@ -231,7 +229,7 @@ BROKEN = {
     "NaN": ("kd_loss", "divergence", nan, {"plain", "logits"}, set(), "NaN where the reference is finite", {"value"}),
     "raises": (
         *("kd_loss", "divergence", raises),
-        *({"labels", "teacher labels"}, {"plain"}, "RuntimeError: no labels [today]", set()),
+        *({"labels", "label_weight per token"}, {"plain", "teacher labels"}, "RuntimeError: no labels [today]", set()),
     ),
     "inputs changed": (
         *("kd_loss", "divergence", writes),
