@@ -27,6 +27,12 @@ def _times(p, x):
 
 
 @triton.jit
+def _mixed(m):
+    """A mixture of p and q, such that its logarithm is finite; NaN stays"""
+    return tl.where(m < 1.17549435e-38, 1.17549435e-38, m)
+
+
+@triton.jit
 def _beyond_linear(x):
     """e^x - 1 - x for abs(x) <= 0.1"""
     return 0.5 * x * x * (1 + x / 3 * (1 + x / 4 * (1 + x / 5)))
@@ -46,22 +52,24 @@ def point(lp, lq, p, q, a, b, KIND: tl.constexpr):
         less = p < q
         small, large = tl.where(less, p, q), tl.where(less, q, p)
         w_small = tl.where(less, a, 1 - a)
-        log_m = tl.log(tl.maximum((1 - w_small) + w_small * (small / large), 1.17549435e-38))  # of m / large
+        log_m = tl.log(_mixed((1 - w_small) + w_small * (small / large)))  # of m / large
         of_small = w_small * _times(small, -tl.abs(lp - lq) - log_m)
         of_large = (1 - w_small) * _times(large, -log_m)
         phi = of_small + of_large
         h = tl.where(less, of_large, of_small)
     elif KIND == 3:
-        m = tl.maximum(a * p + (1 - a) * q, 1.17549435e-38)
+        m = _mixed(a * p + (1 - a) * q)
         phi = _times(p, lp - tl.log(m))
         h = -(1 - a) * _times(p, q / m)
     elif KIND == 4:
-        m = tl.maximum(a * q + (1 - a) * p, 1.17549435e-38)
+        m = _mixed(a * q + (1 - a) * p)
         phi = _times(q, lq - tl.log(m))
         h = phi + q - a * _times(q, q / m)
     elif KIND == 5:
-        phi = 0.5 * tl.abs(p - q)
-        h = 0.5 * tl.where(p > q, -q, tl.where(p < q, q, 0.0 * (p - q)))
+        d = p - q
+        phi = 0.5 * tl.abs(d)
+        same = 1e-6 * q  # equal but for rounding: 0
+        h = 0.5 * tl.where(d > same, -q, tl.where(d < -same, q, 0.0 * d))
     elif KIND == 6:
         d = tl.sqrt(p) - tl.sqrt(q)
         phi = 0.5 * d * d

@@ -1,0 +1,57 @@
+"""One launch: a kernel, its programs and arguments, on the device of its tensors and that device's current stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastkd.kernels.configs import Config
+
+_recorded: ContextVar[list[Launch] | None] = ContextVar("fastkd_recorded", default=None)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a kernel is started with; ``arguments`` by name, constants among them."""
+
+    kernel: Any
+    programs: int
+    config: Config
+    arguments: dict[str, Any]
+
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told beside the arguments."""
+        return {"num_warps": self.config.num_warps, "enable_fp_fusion": True}
+
+    def run(self) -> None:
+        device = next(x.device for x in self.arguments.values() if isinstance(x, torch.Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self.kernel[(self.programs,)](**self.arguments, **self.options())
+
+
+def launch(kernel: Any, programs: int, config: Config, arguments: dict[str, Any]) -> None:
+    """Start the kernel, or within `recorded` only write down that it would be; BLOCK and STAGES come from config."""
+    constants = {"BLOCK": config.block, "STAGES": config.num_stages}
+    own = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    one = Launch(kernel, programs, config, arguments | own)
+    record = _recorded.get()
+    if record is not None:
+        record.append(one)
+    elif programs:
+        one.run()
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """The launches within the context, none of which runs."""
+    record: list[Launch] = []
+    token = _recorded.set(record)
+    try:
+        yield record
+    finally:
+        _recorded.reset(token)
