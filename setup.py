@@ -1,8 +1,9 @@
-"""Builds the C++ (and, where there are .cu files and nvcc, CUDA) extension fastkd._C from csrc/, without torch.
+"""Builds the C++ (and, where there is nvcc, CUDA) extension fastkd._C from csrc/, without torch.
 
-rows.cpp and sparse.cpp are compiled once per instruction set and module.cpp chooses among the objects at run time. An
-extension that cannot be built is reported and left out, because the torch backend serves without it;
-FASTKD_REQUIRE_EXT=1 makes that an error. All metadata is in pyproject.toml.
+rows.cpp and sparse.cpp are compiled once per instruction set and module.cpp chooses among the objects at run time; the
+.cu files are compiled for the architectures below. What cannot be built, CUDA alone or the whole extension, is reported
+and left out, because other backends serve without it; FASTKD_REQUIRE_EXT=1 makes that an error, unless it is nvcc that
+is not there. FASTKD_CUDA=0 leaves CUDA out. All metadata is in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 REQUIRED = os.environ.get("FASTKD_REQUIRE_EXT", "0") not in ("", "0")
 MACOS = sys.platform == "darwin"
+CUDA = os.environ.get("FASTKD_CUDA", "1") not in ("", "0")
 X86_64 = platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
 
 # No -ffast-math: infinities and NaN carry meaning here.
@@ -35,10 +37,10 @@ if X86_64:
     ISAS["avx2"] = ["-march=x86-64-v3"]
     ISAS["avx512"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 
-NVCCFLAGS = "-O3 -std=c++17 -cudart static -Xcompiler -fPIC,-fvisibility=hidden".split()
+NVCCFLAGS = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden".split()
 for arch in ("80", "90a", "100a"):
     NVCCFLAGS += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-NVCCFLAGS += ["-gencode", "arch=compute_80,code=compute_80"]  # PTX, for the architectures not named above
+NVCCFLAGS += ["-gencode", "arch=compute_90,code=compute_90"]  # PTX, for later architectures; 8.x run what sm_80 runs
 
 NINJA_RULES = """\
 rule compile
@@ -57,6 +59,12 @@ fastkd: the install goes on without it and the torch backend serves, only slower
 fastkd: compiler such as g++ 11 or newer (CXX names another one). FASTKD_REQUIRE_EXT=1 makes this an error."""
 
 
+NO_CUDA = """\
+fastkd: the extension was built without CUDA ({reason}).
+fastkd: the cuda backend needs nvcc 12.8 or newer, in $CUDA_HOME, on PATH, or from pip: nvidia-cuda-nvcc,
+fastkd: nvidia-cuda-crt, nvidia-nvvm, nvidia-cuda-runtime, nvidia-cuda-cccl, with --no-build-isolation."""
+
+
 def find_cxx() -> list[str]:
     """The command of the C++ compiler: $CXX, or the first one on PATH."""
     if os.environ.get("CXX"):
@@ -68,7 +76,9 @@ def find_cxx() -> list[str]:
 
 
 def find_nvcc() -> str | None:
-    """nvcc of $CUDA_HOME, of PATH, or of the pip packages nvidia-*; None without one."""
+    """nvcc of $CUDA_HOME, of PATH, or of the pip packages nvidia-*; None without one, or where it is not wanted."""
+    if not CUDA:
+        return None
     candidates = [Path(os.environ.get("CUDA_HOME", "/nonexistent"), "bin", "nvcc"), shutil.which("nvcc")]
     nvidia = importlib.util.find_spec("nvidia")
     if nvidia and nvidia.submodule_search_locations:
@@ -87,14 +97,16 @@ def ninja_command(words: list[str]) -> str:
     return shlex.join(words).replace("$", "$$")
 
 
-def ninja_file(target: Path) -> str:
+def nvcc_command(nvcc: str, *flags: str) -> list[str]:
+    """nvcc with the C++ compiler that the rest is built with."""
+    return [nvcc, "-ccbin", shutil.which(find_cxx()[0]) or find_cxx()[0], *flags]
+
+
+def ninja_file(target: Path, nvcc: str | None) -> str:
     """The build.ninja that makes `target` in BUILD; its commands hold no absolute path of the sources."""
     import pybind11
 
     cxx = [*find_cxx(), *CXXFLAGS, *OPENMP]
-    sources = sorted(path.name for path in (ROOT / "csrc").glob("*.cu"))
-    nvcc = find_nvcc() if sources else None
-
     python = ["-I" + sysconfig.get_path("include"), "-I" + pybind11.get_include()]
     defines = ["-DFASTKD_HAS_X86=1"] * X86_64 + ["-DFASTKD_HAS_CUDA=1"] * bool(nvcc)
     objects = {"module.o": ("module.cpp", cxx + python + defines)}
@@ -104,9 +116,10 @@ def ninja_file(target: Path) -> str:
             objects[f"{name}_{isa}.o"] = (f"{name}.cpp", [*cxx, *flags, f"-DFASTKD_ISA={isa}"])
     link = [*cxx, "-shared", *["-undefined", "dynamic_lookup"] * MACOS]
     if nvcc:
-        for source in sources:
-            objects[f"{source}.o"] = (source, [nvcc, *NVCCFLAGS])
-        link = [nvcc, "-shared", "-cudart", "static", "-Xcompiler", ",".join(OPENMP)]
+        for source in sorted((ROOT / "csrc").glob("*.cu")):
+            objects[f"{source.name}.o"] = (source.name, nvcc_command(nvcc, *NVCCFLAGS))
+        # the runtime in the extension itself, which then loads where there is no driver
+        link = nvcc_command(nvcc, "-shared", "-cudart", "static", "-Xcompiler", ",".join(OPENMP))
         link += [f"-L{Path(nvcc).parent.parent / 'lib'}"]  # where the pip packages keep libcudart_static.a
 
     lines = [NINJA_RULES]
@@ -116,18 +129,38 @@ def ninja_file(target: Path) -> str:
     return "\n".join(lines)
 
 
+def build(target: Path, nvcc: str | None) -> None:
+    """Builds in one folder for every kind of install, so that only what changed is compiled again."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    (BUILD / "build.ninja").write_text(ninja_file(target, nvcc))
+    subprocess.run([sys.executable, "-m", "ninja", "-C", str(BUILD)], check=True)
+
+
+def build_what_can_be(target: Path) -> None:
+    """With CUDA if nvcc is there and compiles, else without."""
+    nvcc = find_nvcc()
+    try:
+        build(target, nvcc)
+    except subprocess.CalledProcessError:
+        if nvcc is None or REQUIRED:
+            raise
+        build(target, None)
+        print(NO_CUDA.format(reason=f"{nvcc} failed, its output is above"), file=sys.stderr, flush=True)
+        return
+    if nvcc is None and CUDA and not MACOS:
+        print(NO_CUDA.format(reason="nvcc was not found"), file=sys.stderr, flush=True)
+
+
 class BuildExt(build_ext):
     """Hands the extension to ninja, and goes on without it where it cannot be built."""
 
     built = False
 
     def build_extension(self, ext: Extension) -> None:
-        """Builds in one folder for every kind of install, so that only what changed is compiled again."""
+        """What is compiled for one kind of install serves the others."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         try:
-            BUILD.mkdir(parents=True, exist_ok=True)
-            (BUILD / "build.ninja").write_text(ninja_file(target))
-            subprocess.run([sys.executable, "-m", "ninja", "-C", str(BUILD)], check=True)
+            build_what_can_be(target)
             self.built = True
         except (CompileError, OSError, ImportError, subprocess.CalledProcessError) as error:
             compiling = isinstance(error, subprocess.CalledProcessError)
@@ -145,7 +178,8 @@ class BuildExt(build_ext):
                 Path(self.get_ext_filename(ext.name)).unlink(missing_ok=True)
 
 
-setup(
-    ext_modules=[Extension("fastkd._C", sources=[], optional=not REQUIRED)],
-    cmdclass={"build_ext": BuildExt},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("fastkd._C", sources=[], optional=not REQUIRED)],
+        cmdclass={"build_ext": BuildExt},
+    )

@@ -1,6 +1,5 @@
 // fastkd._C: the row ops over raw addresses. Needs no torch; fastkd/rows_cpu.py is the only caller.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bindings.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -15,8 +14,9 @@
 #include <utility>
 #include <vector>
 
-#include "pointwise.h"
-#include "rows.h"
+#ifdef FASTKD_HAS_CUDA
+#include "gpu_bindings.h"
+#endif
 
 namespace py = pybind11;
 using namespace fastkd;
@@ -55,29 +55,6 @@ void set_isa(const std::string& name) {
       return;
     }
   throw std::invalid_argument("isa must be one that this processor has, got '" + name + "'");
-}
-
-// addresses travel as integers, 0 for none
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-using MatrixTuple = std::tuple<uintptr_t, int64_t, int64_t, int>;       // data, stride, width, dtype
-using SourceTuple = std::tuple<MatrixTuple, float, float, uintptr_t>;   // raw, scale, softcap, temperature
-using TermTuple = std::tuple<int, float, float, uintptr_t>;             // kind, a, b, weight
-
-Matrix matrix(const MatrixTuple& m) {
-  return {at<void>(std::get<0>(m)), std::get<1>(m), std::get<2>(m), std::get<3>(m)};
-}
-Source source(const SourceTuple& s) {
-  return {matrix(std::get<0>(s)), std::get<1>(s), std::get<2>(s), at<const float>(std::get<3>(s))};
-}
-
-std::vector<Term> term_list(const std::vector<TermTuple>& terms) {
-  std::vector<Term> list;
-  for (auto [kind, a, b, weight] : terms) list.push_back({kind, a, b, at<const float>(weight)});
-  return list;
 }
 
 void divergence(int64_t n, int64_t vocab, SourceTuple s, SourceTuple t, MatrixTuple g, uintptr_t factor,
@@ -231,11 +208,7 @@ class Block {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Row ops of fastkd over raw addresses.";
-  py::dict kinds;
-#define X(name, id) kinds[name] = (int)Kind::id;
-  FASTKD_DIVERGENCES(X)
-#undef X
-  m.attr("KINDS") = kinds;
+  m.attr("KINDS") = kinds();
   m.def("isa", isa, "The instruction set in use: avx512, avx2 or generic.");
   m.def("isas", isas, "Those that this processor has, best first.");
   m.def("set_isa", set_isa, "Use another one that this processor has.");
@@ -253,4 +226,7 @@ PYBIND11_MODULE(_C, m) {
       .def_buffer(&Block::buffer);
   m.def("kept_bytes", [] { return pool().kept(); }, "Bytes of freed blocks that are kept.");
   m.def("keep_at_most", [](size_t bytes) { return pool().set_limit(bytes); }, "Sets the limit of them; returns the one before.");
+#ifdef FASTKD_HAS_CUDA
+  gpu::bind(m.def_submodule("cuda", "Row ops on a GPU over raw addresses and a stream."));
+#endif
 }
