@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 BUILD_TOOLS := 'setuptools>=77' wheel 'pybind11>=2.12' ninja build
 
-.PHONY: help demo test bench goals docs lint wheel clean
+.PHONY: help demo test bench goals gpu kernels docs lint wheel clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -24,6 +24,14 @@ bench: $(VENV)/bench.stamp $(VENV)/extension.stamp  ## run the benchmarks (ARGS=
 
 goals: $(VENV)/bench.stamp $(VENV)/extension.stamp  ## measure the goals and renew their tables in README.md (quiet machine, 25 minutes; ARGS="--only sparse": 5)
 	$(PY) bench/goals.py $(ARGS)
+
+kernels: $(VENV)/kernels.stamp  ## compile every GPU kernel for every architecture, without a GPU (ARGS="sm_90 gfx942": Triton's for these)
+	$(PY) -m fastkd.kernels.compile $(ARGS)
+	$(PY) setup.py --quiet build_ext --inplace
+	$(PY) csrc/ptxas.py
+
+gpu:  ## on a machine with an NVIDIA GPU: build, prove and measure there, in under 9 minutes, with the packages it has (ARGS=... are bench/gpu.py's options)
+	$(PYTHON) bench/gpu.py $(ARGS)
 
 docs: $(VENV)/bench.stamp  ## renew the tables and plots of the documents from bench/results/*.json
 	$(PY) bench/docs.py
@@ -48,7 +56,7 @@ $(VENV)/tools.stamp:
 	$(PY) -m pip install --quiet $(BUILD_TOOLS)
 	@touch $@
 
-$(VENV)/demo.stamp $(VENV)/test.stamp $(VENV)/bench.stamp $(VENV)/lint.stamp: $(VENV)/%.stamp: pyproject.toml $(VENV)/tools.stamp
+$(VENV)/demo.stamp $(VENV)/test.stamp $(VENV)/bench.stamp $(VENV)/lint.stamp $(VENV)/kernels.stamp: $(VENV)/%.stamp: pyproject.toml $(VENV)/tools.stamp
 	$(PY) -m pip install --quiet --no-build-isolation --editable '.[$*]'
 	@touch $@
 

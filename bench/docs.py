@@ -5,6 +5,7 @@ results/sparse-goals.json bench/goals.py --only sparse          README.md, spars
 results/cache.json        bench/cache.py                        README.md, sparse
 results/demo*.json        copies of what `make demo` writes     README.md, demo, demo-cached, demo-on-policy
 results/cpu-grid.json     fastkd bench --json                   bench/README.md, grid and plots
+results/nvidia-*.json     bench/gpu.py, a file for each GPU     bench/README.md, gpu
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import gpu_report
 
 from fastkd import demo_cached_report, demo_on_policy
 from fastkd.bench import plots, report
@@ -224,7 +227,7 @@ def grid_tables(r: Result) -> str:
     return report.markdown(r)
 
 
-# (document, its block) -> the result, and how it is written
+# (document, its block) -> the result, or a pattern for the names of several, and how it is written
 BLOCKS: dict[tuple[Path, str], tuple[Path, Callable[[Result], str]]] = {
     (ROOT / "README.md", "goals"): (GOALS, goals_table),
     (ROOT / "README.md", "sparse"): (SPARSE, sparse_table),
@@ -232,6 +235,7 @@ BLOCKS: dict[tuple[Path, str], tuple[Path, Callable[[Result], str]]] = {
     (ROOT / "README.md", "demo-cached"): (RESULTS / "demo-cached.json", demo_cached_report.markdown),
     (ROOT / "README.md", "demo-on-policy"): (RESULTS / "demo-on-policy.json", demo_on_policy.markdown),
     (ROOT / "bench" / "README.md", "grid"): (GRID, grid_tables),
+    (ROOT / "bench" / "README.md", "gpu"): (RESULTS / "nvidia-*.json", gpu_report.markdown),
 }
 DOCUMENTS = sorted({document for document, _ in BLOCKS})
 
@@ -240,12 +244,14 @@ def renewed(document: Path) -> str:
     """The text of a document with its tables made from the stored results, where there is one."""
     text = document.read_text()
     for (where, name), (result, form) in BLOCKS.items():
-        if where == document and result.exists():
+        files = sorted(result.parent.glob(result.name))
+        if where == document and files:
             begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
             if begin not in text:
                 raise ValueError(f"{document} must have a line {begin}, and {end} after it, for {result.name}")
             before, rest = text.split(begin)
-            text = f"{before}{begin}\n{form(json.loads(result.read_text()))}\n{end}{rest.split(end)[1]}"
+            tables = "\n\n".join(form(json.loads(file.read_text())) for file in files)
+            text = f"{before}{begin}\n{tables}\n{end}{rest.split(end)[1]}"
     return text
 
 

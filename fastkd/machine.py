@@ -113,7 +113,8 @@ def available_bytes(device: torch.device | str) -> int | None:
     """Memory that can still be taken on a device, as far as the system tells."""
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for the next tensor
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         left = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:"))

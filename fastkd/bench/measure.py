@@ -100,6 +100,23 @@ def synchronize(device: torch.device | str) -> None:
         torch.accelerator.synchronize(torch.device(device))
 
 
+def elapsed(run: Run, device: torch.device | str = "cpu") -> float:
+    """Milliseconds of one run, which finds the device idle: by events of CUDA's, else by the clock."""
+    synchronize(device)
+    if torch.device(device).type != "cuda":
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        return 1000 * (time.perf_counter() - start)
+    with torch.cuda.device(device):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+    return begin.elapsed_time(end)
+
+
 def summary(taken: list[float]) -> dict[str, float | int]:
     """Milliseconds of all rounds as median, extremes and interquartile range."""
     quartiles = statistics.quantiles(taken, n=4, method="inclusive") if len(taken) > 1 else [taken[0]] * 3
@@ -119,10 +136,7 @@ def times(
     for counted in range(-1, rounds):
         for name in list(taken):
             try:
-                synchronize(device)
-                start = time.perf_counter()
-                runs[name]()
-                synchronize(device)
+                one = elapsed(runs[name], device)
             except Exception as error:
                 if failed is None:
                     raise
@@ -130,7 +144,7 @@ def times(
                 del taken[name]
                 continue
             if counted >= 0:
-                taken[name].append(1000 * (time.perf_counter() - start))
+                taken[name].append(one)
         yield taken
 
 

@@ -1,5 +1,5 @@
-"""Peak memory of one variant, in a process of its own: nothing that ran before is in the figure, and what dies, dies
-alone."""
+"""Peak memory of one variant. On the CPU in a process of its own: nothing that ran before is in the figure, and what
+dies, dies alone. CUDA's allocator counts what is alive, whoever ran before, and says when there is no more."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ def step(loss: Loss, inputs: Inputs) -> torch.Tensor:
 
 def peak(case: Case, variant: str) -> int | None:
     """Bytes at the variant's peak beside its inputs, gradients included; None where it cannot be measured."""
+    if torch.device(case.device).type == "cuda":
+        return _measure(case, variant)
     task = {"case": case.as_json(), "variant": variant, "threads": torch.get_num_threads()}
     done = subprocess.run(command(task), env=_environment(), capture_output=True, text=True)
     if done.returncode < 0:
@@ -63,18 +65,22 @@ def _environment() -> dict[str, str]:
 
 
 def child() -> None:
-    """Measures the task in argv[1]: one step to load and compile, then one under the meter."""
+    """Measures the task in argv[1]."""
     _dies_first()
     task = json.loads(sys.argv[1])
     torch.set_num_threads(task["threads"])
-    case = Case(**task["case"])
-    loss, inputs = variants(case)[task["variant"]](), WORKS[case.work].inputs(case)
+    print(json.dumps({"peak_bytes": _measure(Case(**task["case"]), task["variant"])}))
+
+
+def _measure(case: Case, variant: str) -> int | None:
+    """One step to load and compile, then one under the meter."""
+    loss, inputs = variants(case)[variant](), WORKS[case.work].inputs(case)
     step(loss, inputs)
     for x in inputs.values():
         x.grad = None
     with PeakMemory(case.device) as memory:
         step(loss, inputs)
-    print(json.dumps({"peak_bytes": memory.bytes}))
+    return memory.bytes
 
 
 def _dies_first() -> None:

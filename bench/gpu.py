@@ -1,0 +1,323 @@
+"""Proof and benchmark on a GPU, in one command: make gpu, or python bench/gpu.py
+
+Builds in place with what the machine has, nothing is installed. Then in order, each step in processes of its own, with
+a time limit and a line of verdict, whatever became of those before:
+
+  build      the extension, with nvcc
+  facts      GPU, driver, compilers, backends
+  suite      the tests on the device (FASTKD_TEST_DEVICE)
+  validate   `fastkd validate --quick` on the device, for every backend with row ops of its own
+  sanitize   compute-sanitizer's four tools over every op
+  checks     gpu_checks.py: offsets beyond 2^31, repeats, memory, streams, graphs, no waiting, torch.compile
+  times      gpu_times.py: the benchmark, alone on the device
+  whole      `fastkd validate` in all sizes, as far as time is left
+
+suite, validate, sanitize and checks share the device where the machine has 8 processors. All within --minutes: steps
+are cut short to leave the benchmark its time, and what was cut says so. Ends with status 0 if every step passed.
+
+Writes gpu.log, checks.json, times.json and the result as <device>.json and .md into --out, piece by piece; the last two
+also into bench/results where the run is of all steps, on a GPU, at full size. `make docs` puts them into the documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+MANY = 8  # processors, from which steps run side by side
+
+Commands = list[list[str]]
+
+
+class Absent(Exception):
+    """The machine does not have what a step needs; the message says what."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was asked for."""
+
+    device: str
+    small: bool
+    out: Path
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.startswith("cuda")
+
+    @property
+    def at(self) -> list[str]:
+        """The arguments of the scripts beside this one."""
+        return ["--device", self.device, *["--small"] * self.small]
+
+    @property
+    def backends(self) -> list[str]:
+        """Those that are proven: one that is not there fails what asks for it."""
+        return ["--backend", *(("cuda", "triton") if self.cuda else ("cpu",))]
+
+
+def python(*args: Any) -> list[str]:
+    return [sys.executable, *map(str, args)]
+
+
+def has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def build(run: Run) -> Commands:
+    return [python("setup.py", "--quiet", "build_ext", "--inplace")]
+
+
+def facts(run: Run) -> Commands:
+    smi = [["nvidia-smi"]] if run.cuda and shutil.which("nvidia-smi") else []
+    nvcc = [["nvcc", "--version"]] if shutil.which("nvcc") else []
+    return [*smi, *nvcc, python("-m", "fastkd", "doctor")]
+
+
+def suite(run: Run) -> Commands:
+    if not has("pytest"):
+        raise Absent("pytest is not installed")
+    # the Triton kernels' own cases stand apart: without a GPU they need a process of their own
+    tests = ["tests/test_topk.py"] if run.small else ["tests", "tests/triton_cases.py"]
+    side_by_side = ["-n", "8"] if has("xdist") and not run.small else []
+    # what needs a GPU is the step `checks`
+    return [python("-m", "pytest", *tests, "-q", "-m", "not gpu", "-p", "no:cacheprovider", *side_by_side)]
+
+
+def validate(run: Run) -> Commands:
+    small = ["--op", "topk", "--dtype", "fp32"] if run.small else []
+    return [python("-m", "fastkd", "validate", "--quick", "--device", run.device, *run.backends, *small)]
+
+
+def sanitize(run: Run) -> Commands:
+    tool = shutil.which("compute-sanitizer")
+    if not run.cuda or tool is None:
+        raise Absent("compute-sanitizer is not there" if run.cuda else f"needs a CUDA device, got {run.device}")
+    once = python(ROOT / "bench" / "gpu_checks.py", *run.at, "--only", "once")
+    return [[tool, "--tool", name, "--error-exitcode", "9", "--print-limit", "20", *once] for name in TOOLS]
+
+
+def checks(run: Run) -> Commands:
+    return [python(ROOT / "bench" / "gpu_checks.py", *run.at, "--json", run.out / "checks.json")]
+
+
+def times(run: Run) -> Commands:
+    rounds = ["--rounds", "2"] if run.small else []
+    return [python(ROOT / "bench" / "gpu_times.py", *run.at, *rounds, "--json", run.out / "times.json")]
+
+
+def whole(run: Run) -> Commands:
+    at = ["--device", run.device, *run.backends, *["--quick"] * run.small]
+    names = ("kd_loss", "token_stats", "selected_log_probs", "topk", "kl_div")
+    dtypes = ("fp32", "bf16", "fp16")
+    return [python("-m", "fastkd", "validate", *at, "--op", op, "--dtype", x) for op in names for x in dtypes]
+
+
+@dataclass(frozen=True)
+class Step:
+    """``limit``: seconds at most; ``keep``: seconds that the steps before must leave it; ``beside``: may share the
+    device with others; ``together``: its commands run at once; ``env``: of its processes."""
+
+    commands: Callable[[Run], Commands]
+    limit: float
+    keep: float
+    beside: bool = False
+    together: bool = False
+    env: Callable[[Run], dict[str, str]] = lambda run: {}
+
+
+STEPS: dict[str, Step] = {
+    "build": Step(build, 170, 60, env=lambda run: {"FASTKD_REQUIRE_EXT": "1"}),
+    "facts": Step(facts, 30, 5),
+    "suite": Step(
+        suite, 200, 60, beside=True, env=lambda run: {"FASTKD_TEST_DEVICE": run.device, "OMP_NUM_THREADS": "1"}
+    ),
+    "validate": Step(validate, 150, 30, beside=True),
+    # memory that torch keeps would hide accesses outside of a tensor
+    "sanitize": Step(
+        sanitize, 200, 30, beside=True, together=True, env=lambda run: {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    ),
+    "checks": Step(checks, 200, 60, beside=True),
+    "times": Step(times, 250, 170),
+    "whole": Step(whole, 120, 0, together=True),
+}
+
+
+@dataclass
+class Session:
+    """A run under way: its deadline, and its log."""
+
+    run: Run
+    deadline: float
+    log: Any
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def command(self, words: list[str], seconds: float, env: dict[str, str]) -> tuple[str, list[str]]:
+        """Runs it; passed, failed or cut, and its lines. What it started ends with it."""
+        options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), **env}
+        child = subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True, **options)
+        try:
+            text, verdict = (
+                child.communicate(timeout=max(seconds, 1))[0],
+                "passed" if not child.returncode else "failed",
+            )
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            text, verdict = child.communicate()[0], "cut"
+        self.log.write(f"\n$ {' '.join(words)}\n{text}\n-- {verdict}\n")
+        self.log.flush()
+        return verdict, [line for line in text.splitlines() if re.search(r"\w", line)]
+
+    def step(self, name: str, seconds: float) -> dict[str, Any]:
+        """Runs a step; its verdict, seconds and note, and says so."""
+        start, step = time.monotonic(), STEPS[name]
+        try:
+            found = self._commands(step, step.commands(self.run), min(step.limit, seconds))
+        except Absent as error:
+            found = {"verdict": "absent", "note": str(error)}
+        except Exception as error:
+            found = {"verdict": "failed", "note": f"{type(error).__name__}: {error}"}
+        found["seconds"] = round(time.monotonic() - start, 1)
+        tail = found.pop("tail", [])
+        lines = [
+            f"{found['verdict']:7s} {name}, {found['seconds']} s: {found['note']}",
+            *("    " + line for line in tail),
+        ]
+        print("\n".join(lines), flush=True)
+        return found
+
+    def _commands(self, step: Step, commands: Commands, seconds: float) -> dict[str, Any]:
+        end, env = time.monotonic() + seconds, step.env(self.run)
+
+        def one(words: list[str]) -> tuple[str, list[str]]:
+            left = end - time.monotonic()
+            return self.command(words, left, env) if left > 0 else ("cut", [])
+
+        with ThreadPoolExecutor(len(commands) if step.together else 1) as pool:
+            results = list(pool.map(one, commands))
+        verdicts = [verdict for verdict, _ in results]
+        verdict = next((v for v in ("failed", "cut") if v in verdicts), "passed")
+        bad = [lines for v, lines in results if v == verdict and v != "passed"]
+        notes = dict.fromkeys(line.strip() for _, lines in results for line in lines[-1:])
+        note = "; ".join(notes)[:500] or f"{len(commands)} commands"
+        if verdict == "cut":
+            note = f"{verdicts.count('cut')} of {len(commands)} commands cut after {seconds:.0f} s; {note}"
+        return {"verdict": verdict, "note": note, "tail": [line for lines in bad for line in lines[-25:]][:60]}
+
+
+def stages(names: list[str]) -> list[list[str]]:
+    """What runs at once, in order."""
+    together: list[list[str]] = []
+    for name in names:
+        many = (os.cpu_count() or 1) >= MANY
+        if many and STEPS[name].beside and together and STEPS[together[-1][-1]].beside:
+            together[-1].append(name)
+        else:
+            together.append([name])
+    return together
+
+
+def describe(run: Run, commit: str | None) -> dict[str, Any]:
+    """Device, versions and commit."""
+    from fastkd import machine
+
+    found = machine.describe(run.device)
+    found["commit"] = found["commit"] or commit
+    for name, words in {
+        "driver": ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"],
+        "nvcc": ["nvcc", "--version"],
+    }.items():
+        if run.cuda and shutil.which(words[0]):
+            text = subprocess.run(words, capture_output=True, text=True).stdout
+            version = re.search(r"V?(\d+\.\d+[.\d]*)", text)
+            found[name] = version.group(1) if version else None
+    return found
+
+
+def gpu_is_there() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def slug(name: str) -> str:
+    """A device's name as that of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def write(result: dict[str, Any], out: Path, folders: list[Path]) -> None:
+    """The result as it is, with what the steps have written so far."""
+    import gpu_report
+
+    from fastkd.terminal import write_json
+
+    for part in ("checks", "times"):
+        file = out / f"{part}.json"
+        if file.exists() and part in result["steps"]:
+            result[part] = json.loads(file.read_text())
+    for folder in folders:
+        name = slug(result["machine"]["name"])
+        write_json(folder / f"{name}.json", result)
+        (folder / f"{name}.md").write_text(gpu_report.markdown(result) + "\n") if folder == out else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="(default: %(default)s)")
+    parser.add_argument("--small", action="store_true", help="sizes of a test")
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), metavar="STEP", help="some of them")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="(default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="for everything (default: %(default)s)")
+    parser.add_argument("--commit", help="what the result says where the tree has no git")
+    args = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    if args.device.startswith("cuda") and not gpu_is_there():
+        print("torch finds no CUDA device: nothing was run, nothing is claimed")
+        return 1
+    run = Run(args.device, args.small, args.out.resolve())
+    run.out.mkdir(parents=True, exist_ok=True)
+    for stale in ("checks.json", "times.json"):
+        (run.out / stale).unlink(missing_ok=True)
+    names = [name for name in STEPS if name in args.only]
+    stored = run.cuda and not run.small and names == list(STEPS)
+    folders = [run.out, *[ROOT / "bench" / "results"] * stored]
+    result: dict[str, Any] = {"machine": None, "steps": {}}
+    with (run.out / "gpu.log").open("w") as log:
+        session = Session(run, time.monotonic() + 60 * args.minutes, log)
+        for stage in stages(names):
+            later = names[names.index(stage[-1]) + 1 :]
+            seconds = session.left() - sum(STEPS[name].keep for name in later)
+            with ThreadPoolExecutor(len(stage)) as pool:
+                found = pool.map(lambda name, seconds=seconds: session.step(name, seconds), stage)
+                result["steps"].update(zip(stage, found))
+            result["machine"] = result["machine"] or (describe(run, args.commit) if stage != ["build"] else None)
+            if result["machine"]:
+                write(result, run.out, folders)
+    if not result["machine"]:
+        return 0 if all(s["verdict"] == "passed" for s in result["steps"].values()) else 1
+    import gpu_report
+
+    print("\n" + gpu_report.short(result), flush=True)
+    return 0 if all(s["verdict"] in ("passed", "absent") for s in result["steps"].values()) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
