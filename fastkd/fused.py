@@ -117,8 +117,8 @@ class Fused(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: torch.utils.checkpoint allows no second look
         tensors, grads = saved[:n], saved[n:]
         again = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
-        # gradients made in the forward are those of `needs`; where nobody uses them again they go as they are, or scaled
-        # where they lie
+        # gradients made in the forward are those of `needs`; where nobody uses them again they go as they are, or are
+        # scaled where they lie
         last = any(ctx.made) and not again and cotangents[0] is not None and checks.eager()
         if last and not _is_one(cotangents[0]):
             for x in grads:
