@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -37,6 +38,7 @@ if X86_64:
     ISAS["avx2"] = ["-march=x86-64-v3"]
     ISAS["avx512"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 
+OLDEST_NVCC = (12, 8)  # knows sm_100a
 NVCCFLAGS = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden".split()
 for arch in ("80", "90a", "100a"):
     NVCCFLAGS += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
@@ -76,7 +78,8 @@ def find_cxx() -> list[str]:
 
 
 def find_nvcc() -> str | None:
-    """nvcc of $CUDA_HOME, of PATH, or of the pip packages nvidia-*; None without one, or where it is not wanted."""
+    """The first that is new enough: of $CUDA_HOME, of PATH, or of the pip packages nvidia-*; None without one, or where
+    it is not wanted."""
     if not CUDA:
         return None
     candidates = [Path(os.environ.get("CUDA_HOME", "/nonexistent"), "bin", "nvcc"), shutil.which("nvcc")]
@@ -84,7 +87,16 @@ def find_nvcc() -> str | None:
     if nvidia and nvidia.submodule_search_locations:
         for folder in nvidia.submodule_search_locations:
             candidates += sorted(Path(folder).glob("*/bin/nvcc"))
-    return next((str(path) for path in candidates if path and Path(path).exists()), None)
+    return next(
+        (str(path) for path in candidates if path and Path(path).exists() and release(path) >= OLDEST_NVCC), None
+    )
+
+
+def release(nvcc: str | Path) -> tuple[int, ...]:
+    """The version of an nvcc."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", said)
+    return tuple(map(int, found.groups())) if found else ()
 
 
 def ninja_path(path: Path) -> str:
@@ -148,7 +160,7 @@ def build_what_can_be(target: Path) -> None:
         print(NO_CUDA.format(reason=f"{nvcc} failed, its output is above"), file=sys.stderr, flush=True)
         return
     if nvcc is None and CUDA and not MACOS:
-        print(NO_CUDA.format(reason="nvcc was not found"), file=sys.stderr, flush=True)
+        print(NO_CUDA.format(reason="no nvcc that is new enough was found"), file=sys.stderr, flush=True)
 
 
 class BuildExt(build_ext):

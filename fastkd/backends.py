@@ -146,6 +146,9 @@ def _cuda_why_not(spec: Spec, tensors: Tensors) -> str | None:
 
     device = _device(tensors)
     wrong = None if rows_cuda.EMULATED is not None and device.type == "cpu" else _no_gpu(device)
+    most = rows_cuda.kernels().MAX_TERMS
+    if isinstance(spec, KD) and len(spec.terms) > most:
+        wrong = wrong or f"its row op takes a sum of at most {most} divergences, and this one has {len(spec.terms)}"
     return wrong or _dtype_or_table(spec, tensors, rows_cpu.kinds) or _fused_why_not(spec, tensors)
 
 

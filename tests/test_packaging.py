@@ -97,6 +97,28 @@ def test_a_failing_compiler(required, tmp_path):
     assert not serves["cpu"]
 
 
+FIND = """
+import importlib.util
+spec = importlib.util.spec_from_file_location("setup_of_fastkd", "setup.py")
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.find_nvcc())
+"""
+
+
+@pytest.mark.parametrize(("releases", "found"), [(("12.4", "13.0"), 1), (("13.1", "12.8"), 0), (("9.2", "12.8"), 1)])
+def test_the_first_nvcc_that_is_new_enough(tmp_path, releases, found):
+    for folder, release in zip(("home/bin", "path"), releases):
+        nvcc = tmp_path / folder / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.1\n")
+        nvcc.chmod(0o755)
+    path = f"{tmp_path / 'path'}{os.pathsep}{os.environ['PATH']}"
+    for wanted, expected in (("1", str(tmp_path / ("home/bin", "path")[found] / "nvcc")), ("0", "None")):
+        result = run("-c", FIND, cwd=ROOT, CUDA_HOME=str(tmp_path / "home"), PATH=path, FASTKD_CUDA=wanted)
+        assert result.stdout.strip() == expected, result.stderr
+
+
 def test_transformers_is_the_same_from_the_root_of_the_tree(tmp_path):
     """transformers probes for a package named kernels; the folder of that name must not pass for it."""
     script = (
