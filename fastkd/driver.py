@@ -28,10 +28,14 @@ def _looks(rows: ModuleType, device: torch.device) -> bool:
     return bool(rows.LOOKS) and device.type == "cpu"
 
 
+def _uniform(factor: Tensor) -> bool:
+    """Is it one number for all tokens, which then all count?"""
+    return factor.numel() > 1 and all(s == 0 or n == 1 for s, n in zip(factor.stride(), factor.shape))
+
+
 def _live(factor: Tensor) -> Tensor | None:
     """Which tokens count, None for all."""
-    same = all(s == 0 for s in factor.stride())  # one number for all
-    some = factor[:1, :1] if same else factor
+    some = factor[:1, :1] if _uniform(factor) else factor
     return None if bool((some != 0).all()) else factor != 0
 
 
@@ -46,7 +50,8 @@ def _kd(
     plan = _chunking(spec, a, rows)
     # of given logits the row op passes over ignored rows
     visited = live if looks and any(x.compute is not None for x in _sides(spec)) else None
-    rest = (rows, plan, visited is None, None if looks or live is None else ~live)
+    ignores = not _uniform(a.factor) or (seed is not None and seed.dim() > 0)
+    rest = (rows, plan, visited is None, None if looks or live is None or not ignores else ~live)
     student = Dense(spec.student, a.s_x, a.s_w, a.s_b, needs[1:4], *rest)
     teacher: Dense | Mixture | None = None
     if isinstance(spec.teacher, Side):

@@ -94,12 +94,13 @@ def kd_loss(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
 
-    Memory beside the gradients, in bytes: a chunk's logits, n V b with b the bytes of a logit of all heads together (4
-    for two heads in bfloat16; 32 more with the torch backend, whose row op makes tensors [n, V]). n is memory_budget /
-    (V b) rounded down to a multiple of 128, or 128. And, where there is more than one chunk and a weight of 16 bits
-    requires grad, the sum of its gradient: 4 V D in float32 if that is within the budget (on a GPU the GEMM adds to it)
-    or the dtype is float16, else, and on the CPU, V D for bfloat16 (24 bits, 16 of them in the gradient itself); torch
-    backend: 4 V D. On the CPU, up to 1 GiB that is freed stays for the next call. ``fastkd plan`` adds all up.
+    Memory beside the gradients, in bytes: a chunk's logits, n V b with b the bytes of a logit of all heads together
+    (4 for two heads in bfloat16; 32 more with the torch backend, whose row op makes tensors [n, V]). n is
+    memory_budget / (V b) rounded down to a multiple of 128, or 128. And, where there is more than one chunk and a
+    weight of 16 bits requires grad, the sum of its gradient: 4 V D in float32 if that is within the budget (on a GPU
+    the GEMM adds to it) or the dtype is float16, else, and on the CPU, V D for bfloat16 (24 bits, 16 of them in the
+    gradient itself); torch backend: 4 V D. On a GPU, where tokens may be ignored, a copy of a chunk's hidden states.
+    On the CPU, up to 1 GiB that is freed stays for the next call. ``fastkd plan`` adds up all but that copy.
     Differentiable in reverse; further derivatives and forward mode are exact too, with the logits in memory.
     Sources: Hinton et al. 2015 (arXiv:1503.02531); Agarwal et al. 2024 (GKD, arXiv:2306.13649).
     """
@@ -284,20 +285,31 @@ def _mask(t: TeacherSource, labels: Tensor | None, ignore_index: int) -> Tensor 
 def _factor(
     row: PerToken, weights: Tensor | None, mask: Tensor | None, reduction: str, num_tokens: float | Tensor | None
 ) -> Tensor:
-    """[B, N]: weights over the divisor of the reduction, 0 for an ignored token."""
-    if weights is not None:
-        checks.is_tensor("weights", weights)
-        checks.has_shape("weights", weights, row.lead, " like the student's leading dimensions")
-    w = row("weights", 1.0 if weights is None else weights)
-    if mask is not None:
-        w = torch.where(mask, w, 0.0)
+    """[B, N]: weights over the divisor of the reduction, 0 for an ignored token; one number, expanded, where there are
+    no weights and no token is ignored."""
+    if weights is None and mask is None:
+        w, count = row("weights", 1.0)[:1, :1], max(math.prod(row.size), 1)
+    else:
+        if weights is not None:
+            checks.is_tensor("weights", weights)
+            checks.has_shape("weights", weights, row.lead, " like the student's leading dimensions")
+        w, count = row("weights", 1.0 if weights is None else weights).contiguous(), None
+        if mask is not None:
+            w = torch.where(mask, w, 0.0)
+    return (w / _divisor(row, w, count, reduction, num_tokens)).expand(row.size)
+
+
+def _divisor(
+    row: PerToken, w: Tensor, count: int | None, reduction: str, num_tokens: float | Tensor | None
+) -> Tensor | float:
+    """Of a reduction: ``count`` tokens, or None for the sum of the weights w [B, N]; 1 instead of 0."""
     if reduction == "batchmean":
-        return w / max(row.lead[0] if row.lead else 1, 1)
+        return max(row.lead[0] if row.lead else 1, 1)
     if reduction != "mean":
-        return w
+        return 1
     divisor: Tensor | float
     if num_tokens is None:
-        divisor = w.sum() if weights is not None or mask is not None else max(math.prod(row.size), 1)
+        divisor = w.sum() if count is None else count
     elif isinstance(num_tokens, Tensor):
         row.check_device("num_tokens", num_tokens)
         checks.has_shape("num_tokens", num_tokens, ())
@@ -306,9 +318,7 @@ def _factor(
         divisor = checks.finite_number("num_tokens", num_tokens)
         if divisor < 0:
             raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
-    if isinstance(divisor, Tensor):
-        return w / torch.where(divisor == 0, 1.0, divisor)
-    return (w[:1, :1] / (divisor or 1)).expand(row.size) if weights is None and mask is None else w / (divisor or 1)
+    return torch.where(divisor == 0, 1.0, divisor) if isinstance(divisor, Tensor) else divisor or 1
 
 
 def _target(target: Target | None, row: PerToken) -> tuple[str | None, str, tuple[Tensor, ...]]:

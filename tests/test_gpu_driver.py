@@ -204,6 +204,24 @@ def test_no_call_waits_for_a_gpu(without_data, name, chunk_tokens):
     assert CALLS[name](backend="torch", chunk_tokens=chunk_tokens).device.type == "meta"
 
 
+class Masked(TorchDispatchMode):
+    """How many times hidden states are copied without those of ignored tokens."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        hidden = isinstance(args[0], torch.Tensor) and args[0].shape[-1:] == (D,)
+        self.count += hidden and func.overloadpacket is torch.ops.aten.masked_fill
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "copies"), [("two heads", 0), ("number of tokens", 0), ("weights", 1), ("labels", 1)])
+def test_hidden_states_are_copied_where_a_token_may_be_ignored_alone(without_data, name, copies):
+    with Masked() as masked:
+        CALLS[name](backend="torch")
+    assert masked.count == copies * 2 * 2  # of student and teacher, in the forward and in the backward
+
+
 def test_a_call_that_would_wait_is_noticed(without_data, monkeypatch):
     seeing = rows_like(rows_torch, LOOKS=True)
     monkeypatch.setattr(driver, "_live", lambda factor: bool((factor != 0).all()))
