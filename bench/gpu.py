@@ -5,18 +5,21 @@ a time limit and a line of verdict, whatever became of those before:
 
   build      the extension, with nvcc
   facts      GPU, driver, compilers, backends
-  suite      the tests on the device (FASTKD_TEST_DEVICE)
+  suite      the tests on the device (FASTKD_TEST_DEVICE), for its backends but triton: that many compilations take long
+  triton     tests/triton_cases.py: every feature and row op of the Triton kernels, on the device
   validate   `fastkd validate --quick` on the device, for every backend with row ops of its own
   sanitize   compute-sanitizer's four tools over every op
   checks     gpu_checks.py: offsets beyond 2^31, repeats, memory, streams, graphs, no waiting, torch.compile
   times      gpu_times.py: the benchmark, alone on the device
   whole      `fastkd validate` in all sizes, as far as time is left
 
-suite, validate, sanitize and checks share the device where the machine has 8 processors. All within --minutes: steps
-are cut short to leave the benchmark its time, and what was cut says so. Ends with status 0 if every step passed.
+suite, triton, validate, sanitize and checks share the device where the machine has 8 processors; each runs in as many
+processes as half the processors. All within --minutes: steps are cut short to leave the benchmark its time, and what
+was cut says so. Ends with status 0 if every step passed.
 
-Writes gpu.log, checks.json, times.json and the result as <device>.json and .md into --out, piece by piece; the last two
-also into bench/results where the run is of all steps, on a GPU, at full size. `make docs` puts them into the documents.
+Writes gpu.log, checks.json, times.json and the result as <device>.json and .md into --out, piece by piece. The JSON
+also goes into bench/results, once, at the end, where the run was of all steps, on a GPU, at full size, and has measured
+something; `make docs` puts it into the documents.
 """
 
 from __future__ import annotations
@@ -33,13 +36,30 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 MANY = 8  # processors, from which steps run side by side
+GRACE = 10  # seconds in which a process that is cut may say what it has found
+CUT = 124  # the status of a script that the time did not allow to finish
+HALF = max((os.cpu_count() or 1) // 2, 1)  # processes of a step at a time
+# each in a process of its own: kernels that it compiles keep it waiting
+CHECKS = (
+    ("every op",),
+    ("every op of whole vectors",),
+    ("once", "bitwise repeats", "sums over chunks", "another device"),
+    ("offsets of rows", "offsets of hidden states", "offsets of heads", "peak memory"),
+    ("side stream", "no waiting", "cuda graphs", "autocast"),
+    ("compiled",),
+)
+# kl_div is torch's own on a GPU, and has nothing to compare for a backend asked for alone
+OPS = (("kd_loss",), ("token_stats", "selected_log_probs", "topk", "kl_div"))
+DTYPES = ("fp32", "bf16", "fp16")
 
 Commands = list[list[str]]
 
@@ -50,11 +70,12 @@ class Absent(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """What was asked for."""
+    """What was asked for, and the seconds that a step has."""
 
     device: str
     small: bool
     out: Path
+    seconds: float = 240
 
     @property
     def cuda(self) -> bool:
@@ -64,6 +85,11 @@ class Run:
     def at(self) -> list[str]:
         """The arguments of the scripts beside this one."""
         return ["--device", self.device, *["--small"] * self.small]
+
+    @property
+    def within(self) -> list[str]:
+        """Seconds for the scripts beside this one: less than the step has, so that they name what is left out."""
+        return ["--seconds", f"{max(self.seconds - 15, 1):.0f}"]
 
     @property
     def backends(self) -> list[str]:
@@ -92,16 +118,40 @@ def facts(run: Run) -> Commands:
 def suite(run: Run) -> Commands:
     if not has("pytest"):
         raise Absent("pytest is not installed")
-    # the Triton kernels' own cases stand apart: without a GPU they need a process of their own
-    tests = ["tests/test_topk.py"] if run.small else ["tests", "tests/triton_cases.py"]
-    side_by_side = ["-n", "8"] if has("xdist") and not run.small else []
     # what needs a GPU is the step `checks`
-    return [python("-m", "pytest", *tests, "-q", "-m", "not gpu", "-p", "no:cacheprovider", *side_by_side)]
+    return shards("tests/test_topk.py" if run.small else "tests", "-m", "not gpu")
+
+
+def shards(tests: str, *options: str) -> Commands:
+    """pytest in HALF processes, each with its share of the tests; failures are seen as they come."""
+    words = python("-m", "pytest", tests, "-q", "--tb=short", "--at-once", "-p", "no:cacheprovider", *options)
+    return [[*words, "--shard", f"{i + 1}/{HALF}"] for i in range(HALF)]
+
+
+def triton(run: Run) -> Commands:
+    if not run.cuda:
+        raise Absent(f"needs a CUDA device, got {run.device}; tests/test_triton.py has the interpreter run the same")
+    if not has("pytest"):
+        raise Absent("pytest is not installed")
+    return shards("tests/triton_cases.py")
+
+
+def tested(run: Run) -> dict[str, str]:
+    """The environment of the suite."""
+    backends = "cuda,torch,reference" if run.cuda else "cpu,torch,reference"
+    return {"FASTKD_TEST_DEVICE": run.device, "FASTKD_TEST_BACKENDS": backends, "OMP_NUM_THREADS": "1"}
 
 
 def validate(run: Run) -> Commands:
-    small = ["--op", "topk", "--dtype", "fp32"] if run.small else []
-    return [python("-m", "fastkd", "validate", "--quick", "--device", run.device, *run.backends, *small)]
+    ops, dtypes = ((("topk",),), ("fp32",)) if run.small else (OPS, DTYPES)
+    return validations(run, ops, dtypes, "--quick")
+
+
+def validations(run: Run, ops: tuple[tuple[str, ...], ...], dtypes: tuple[str, ...], *options: str) -> Commands:
+    """`fastkd validate`, a process for some ops, a dtype and a backend; kd_loss, which takes longest, first."""
+    words = python("-m", "fastkd", "validate", "--device", run.device, *options)
+    backends = run.backends[1:]
+    return [[*words, "--op", *op, "--dtype", x, "--backend", b] for op in ops for b in backends[::-1] for x in dtypes]
 
 
 def sanitize(run: Run) -> Commands:
@@ -113,25 +163,23 @@ def sanitize(run: Run) -> Commands:
 
 
 def checks(run: Run) -> Commands:
-    return [python(ROOT / "bench" / "gpu_checks.py", *run.at, "--json", run.out / "checks.json")]
+    script, folder = python(ROOT / "bench" / "gpu_checks.py", *run.at, *run.within), run.out / "checks"
+    return [[*script, "--json", str(folder / f"{i}.json"), "--only", *names] for i, names in enumerate(CHECKS)]
 
 
 def times(run: Run) -> Commands:
     rounds = ["--rounds", "2"] if run.small else []
-    return [python(ROOT / "bench" / "gpu_times.py", *run.at, *rounds, "--json", run.out / "times.json")]
+    return [python(ROOT / "bench" / "gpu_times.py", *run.at, *run.within, *rounds, "--json", run.out / "times.json")]
 
 
 def whole(run: Run) -> Commands:
-    at = ["--device", run.device, *run.backends, *["--quick"] * run.small]
-    names = ("kd_loss", "token_stats", "selected_log_probs", "topk", "kl_div")
-    dtypes = ("fp32", "bf16", "fp16")
-    return [python("-m", "fastkd", "validate", *at, "--op", op, "--dtype", x) for op in names for x in dtypes]
+    return validations(run, OPS, DTYPES, *["--quick"] * run.small)
 
 
 @dataclass(frozen=True)
 class Step:
     """``limit``: seconds at most; ``keep``: seconds that the steps before must leave it; ``beside``: may share the
-    device with others; ``together``: its commands run at once; ``env``: of its processes."""
+    device with others; ``together``: its commands run at once, HALF at most; ``env``: of its processes."""
 
     commands: Callable[[Run], Commands]
     limit: float
@@ -144,15 +192,14 @@ class Step:
 STEPS: dict[str, Step] = {
     "build": Step(build, 170, 60, env=lambda run: {"FASTKD_REQUIRE_EXT": "1"}),
     "facts": Step(facts, 30, 5),
-    "suite": Step(
-        suite, 200, 60, beside=True, env=lambda run: {"FASTKD_TEST_DEVICE": run.device, "OMP_NUM_THREADS": "1"}
-    ),
-    "validate": Step(validate, 150, 30, beside=True),
+    "suite": Step(suite, 200, 60, beside=True, together=True, env=tested),
+    "triton": Step(triton, 200, 60, True, True, lambda run: {"FASTKD_TEST_DEVICE": run.device, "OMP_NUM_THREADS": "1"}),
+    "validate": Step(validate, 200, 30, beside=True, together=True),
     # memory that torch keeps would hide accesses outside of a tensor
     "sanitize": Step(
         sanitize, 200, 30, beside=True, together=True, env=lambda run: {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     ),
-    "checks": Step(checks, 200, 60, beside=True),
+    "checks": Step(checks, 200, 60, beside=True, together=True),
     "times": Step(times, 250, 170),
     "whole": Step(whole, 120, 0, together=True),
 }
@@ -170,18 +217,26 @@ class Session:
         return self.deadline - time.monotonic()
 
     def command(self, words: list[str], seconds: float, env: dict[str, str]) -> tuple[str, list[str]]:
-        """Runs it; passed, failed or cut, and its lines. What it started ends with it."""
+        """Runs it; passed, failed or cut, and its lines. What it started ends with it, and is asked to first."""
         options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), **env}
+        # what one process has compiled, the others find
+        compiled = {"TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(ROOT / "build" / "triton"))}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), **compiled, **env}
         child = subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True, **options)
         try:
-            text, verdict = (
-                child.communicate(timeout=max(seconds, 1))[0],
-                "passed" if not child.returncode else "failed",
-            )
+            text = child.communicate(timeout=max(seconds, 1))[0]
+            verdict = {0: "passed", CUT: "cut"}.get(child.returncode, "failed")
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            text, verdict = child.communicate()[0], "cut"
+            verdict = "cut"
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGINT)
+            try:
+                text = child.communicate(timeout=GRACE)[0]
+            except subprocess.TimeoutExpired:
+                text = None
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            text = child.communicate()[0] if text is None else text
         self.log.write(f"\n$ {' '.join(words)}\n{text}\n-- {verdict}\n")
         self.log.flush()
         return verdict, [line for line in text.splitlines() if re.search(r"\w", line)]
@@ -190,7 +245,8 @@ class Session:
         """Runs a step; its verdict, seconds and note, and says so."""
         start, step = time.monotonic(), STEPS[name]
         try:
-            found = self._commands(step, step.commands(self.run), min(step.limit, seconds))
+            seconds = min(step.limit, seconds)
+            found = self._commands(step, step.commands(replace(self.run, seconds=seconds)), seconds)
         except Absent as error:
             found = {"verdict": "absent", "note": str(error)}
         except Exception as error:
@@ -211,16 +267,31 @@ class Session:
             left = end - time.monotonic()
             return self.command(words, left, env) if left > 0 else ("cut", [])
 
-        with ThreadPoolExecutor(len(commands) if step.together else 1) as pool:
+        with ThreadPoolExecutor(min(len(commands), HALF) if step.together else 1) as pool:
             results = list(pool.map(one, commands))
         verdicts = [verdict for verdict, _ in results]
         verdict = next((v for v in ("failed", "cut") if v in verdicts), "passed")
         bad = [lines for v, lines in results if v == verdict and v != "passed"]
-        notes = dict.fromkeys(line.strip() for _, lines in results for line in lines[-1:])
-        note = "; ".join(notes)[:500] or f"{len(commands)} commands"
+        note = summed([line.strip() for _, lines in results for line in lines[-1:]]) or f"{len(commands)} commands"
         if verdict == "cut":
-            note = f"{verdicts.count('cut')} of {len(commands)} commands cut after {seconds:.0f} s; {note}"
+            note = f"{verdicts.count('cut')} of {len(commands)} commands cut after {max(seconds, 0):.0f} s; {note}"
         return {"verdict": verdict, "note": note, "tail": [line for lines in bad for line in lines[-25:]][:60]}
+
+
+def summed(notes: list[str]) -> str:
+    """The notes of a step's commands as one; counts are added up where the notes differ in nothing else."""
+    counts = [re.findall(r"(\d+) (passed|failed|skipped|xfailed|errors?|warnings?)\b", note) for note in notes]
+    if len(notes) > 1 and all(found and re.search(r" in [\d.]+s", n) for n, found in zip(notes, counts)):  # pytest's
+        total: dict[str, int] = {}
+        for number, what in (pair for found in counts for pair in found):
+            total[what] = total.get(what, 0) + int(number)
+        return f"{', '.join(f'{n} {what}' for what, n in total.items())} in {len(notes)} processes"
+    numbers = [list(map(int, re.findall(r"\d+", note))) for note in notes]
+    alike = len({re.sub(r"\d+", "#", note) for note in notes}) == 1 and "." not in "".join(notes)
+    if len(notes) > 1 and alike and numbers[0]:
+        sums = map(sum, zip(*numbers))
+        return f"{re.sub(r'[0-9]+', lambda _: str(next(sums)), notes[0])} in {len(notes)} processes"
+    return "; ".join(dict.fromkeys(notes))[:500]
 
 
 def stages(names: list[str]) -> list[list[str]]:
@@ -263,20 +334,29 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def write(result: dict[str, Any], out: Path, folders: list[Path]) -> None:
+def write(result: dict[str, Any], out: Path) -> None:
     """The result as it is, with what the steps have written so far."""
     import gpu_report
 
     from fastkd.terminal import write_json
 
-    for part in ("checks", "times"):
-        file = out / f"{part}.json"
-        if file.exists() and part in result["steps"]:
-            result[part] = json.loads(file.read_text())
-    for folder in folders:
-        name = slug(result["machine"]["name"])
-        write_json(folder / f"{name}.json", result)
-        (folder / f"{name}.md").write_text(gpu_report.markdown(result) + "\n") if folder == out else None
+    if parts := sorted((out / "checks").glob("*.json")):
+        result["checks"] = {k: v for part in parts for k, v in json.loads(part.read_text()).items()}
+        write_json(out / "checks.json", result["checks"])
+    if (out / "times.json").exists():
+        result["times"] = json.loads((out / "times.json").read_text())
+    name = slug(result["machine"]["name"])
+    write_json(out / f"{name}.json", result)
+    (out / f"{name}.md").write_text(gpu_report.markdown(result) + "\n")
+
+
+def keep(result: dict[str, Any], folder: Path) -> None:
+    """The result for the documents, if there are times in it: one without does not replace one that has them."""
+    from fastkd.terminal import write_json
+
+    times = result.get("times", {})
+    if times.get("rows") or times.get("cases"):
+        write_json(folder / f"{slug(result['machine']['name'])}.json", result)
 
 
 def main() -> int:
@@ -293,24 +373,27 @@ def main() -> int:
         print("torch finds no CUDA device: nothing was run, nothing is claimed")
         return 1
     run = Run(args.device, args.small, args.out.resolve())
-    run.out.mkdir(parents=True, exist_ok=True)
-    for stale in ("checks.json", "times.json"):
-        (run.out / stale).unlink(missing_ok=True)
+    (run.out / "checks").mkdir(parents=True, exist_ok=True)
+    for stale in (run.out / "checks.json", run.out / "times.json", *(run.out / "checks").glob("*.json")):
+        stale.unlink(missing_ok=True)
     names = [name for name in STEPS if name in args.only]
     stored = run.cuda and not run.small and names == list(STEPS)
-    folders = [run.out, *[ROOT / "bench" / "results"] * stored]
     result: dict[str, Any] = {"machine": None, "steps": {}}
     with (run.out / "gpu.log").open("w") as log:
-        session = Session(run, time.monotonic() + 60 * args.minutes, log)
-        for stage in stages(names):
-            later = names[names.index(stage[-1]) + 1 :]
-            seconds = session.left() - sum(STEPS[name].keep for name in later)
+        session = Session(run, time.monotonic() + 60 * args.minutes - GRACE, log)
+        order = stages(names)
+        for i, stage in enumerate(order):
+            # those of a stage run at once
+            kept = sum(max(STEPS[name].keep for name in later) for later in order[i + 1 :])
+            seconds = session.left() - kept
             with ThreadPoolExecutor(len(stage)) as pool:
                 found = pool.map(lambda name, seconds=seconds: session.step(name, seconds), stage)
                 result["steps"].update(zip(stage, found))
             result["machine"] = result["machine"] or (describe(run, args.commit) if stage != ["build"] else None)
             if result["machine"]:
-                write(result, run.out, folders)
+                write(result, run.out)
+    if stored:
+        keep(result, RESULTS)
     if not result["machine"]:
         return 0 if all(s["verdict"] == "passed" for s in result["steps"].values()) else 1
     import gpu_report

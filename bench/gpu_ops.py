@@ -17,6 +17,7 @@ from fastkd.machine import available_bytes
 from fastkd.terminal import size
 
 Tensors = list[Tensor]
+CUT = 124  # the status of a script that the time did not allow to finish, as timeout(1) has it
 
 
 class Absent(Exception):

@@ -165,11 +165,14 @@ def losses_tables(times: Result) -> list[str]:
 
 
 def experiments(times: Result) -> list[str]:
-    """Chunk sizes, and the teacher's GEMM beside the row op."""
+    """Triton's configurations, chunk sizes, and the teacher's GEMM beside the row op."""
     lines = [
-        f"- `kd_loss(Head, Head)` by the tokens of a chunk, {backend}: "
-        + ", ".join(f"{tokens}: {report.milliseconds(ms['median'])}" for tokens, ms in found.items())
-        for backend, found in times.get("chunks", {}).items()
+        *_configurations(times),
+        *(
+            f"- `kd_loss(Head, Head)` by the tokens of a chunk, {backend}: "
+            + ", ".join(f"{tokens}: {report.milliseconds(ms['median'])}" for tokens, ms in found.items())
+            for backend, found in times.get("chunks", {}).items()
+        ),
     ]
     if "overlap" in times:
         o = times["overlap"]
@@ -179,6 +182,17 @@ def experiments(times: Result) -> list[str]:
             f"chunk's teacher GEMM beside the row op {beside}: {o['faster']:.3f} x faster"
         )
     return lines
+
+
+def _configurations(times: Result) -> Iterator[str]:
+    """The fastest first."""
+    c = times.get("configurations")
+    if c:
+        ranked = sorted(c["measured"].items(), key=lambda item: median(item[1]))
+        found = [f"({k}): {median(x):.3g} ms, {x['of_copy']:.0%} of a copy" for k, x in ranked]
+        failed = [f"({k}): {escape(reason)}" for k, reason in c["failed"].items()]
+        own = f"; in the table for this device: ({c['table']})" if c["table"] else ""
+        yield f"- Triton's forward KL, bf16, by (tile, warps, stages): {'; '.join([*found, *failed])}{own}"
 
 
 def proof(result: Result) -> list[str]:

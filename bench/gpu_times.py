@@ -1,8 +1,10 @@
 """The benchmark on a device, in one process: python bench/gpu_times.py --json FILE
 
 Floors (a copy, the bare GEMMs), the row ops alone, kd_loss against eager PyTorch, torch.compile of it and other
-libraries that are installed, chunk sizes, and whether the next teacher GEMM beside the row op pays. Medians; the
-variants take turns. Written as it comes; what the time does not allow is named in "cut". --small: sizes of a test.
+libraries that are installed, Triton's configurations, chunk sizes, and whether the next teacher GEMM beside the row op
+pays. Medians; the variants take turns; of floors and row ops the kernels alone, of losses the host's time, too. Written
+as it comes; what the time does not allow is named in "cut". Status 1: a part failed; 124: one was cut. --small: sizes
+of a test.
 """
 
 from __future__ import annotations
@@ -10,14 +12,14 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_ops import At, device
+from gpu_ops import CUT, At, device
 from row_op import Run, listed, logits, row_op, settings, sparse_op
 from torch import Tensor
 
@@ -27,6 +29,8 @@ from fastkd.bench import measure
 from fastkd.bench.memory import step
 from fastkd.bench.peers import PEERS
 from fastkd.bench.work import WORKS, Case, usual
+from fastkd.kernels import configs
+from fastkd.kernels.configs import Config
 from fastkd.plan import rows_of
 from fastkd.problem import Side
 from fastkd.terminal import DTYPES, write_json
@@ -38,6 +42,10 @@ SMALL, SMALL_K = (64, 32, 515), 8
 FEW = 1024  # tokens of a small batch
 COMMON = ("forward_kl", "reverse_kl", "jensen_shannon")  # in float32, too
 CHUNKS = (1024, 2048, 4096)
+# of Triton's row op: neighbours of what its table has for 16 bits, and the table itself
+NEIGHBOURS = ((8192, 32, 2), (8192, 32, 3), (8192, 16, 2), (4096, 16, 2), (4096, 16, 3), (4096, 8, 3))
+NVIDIA = (row[torch.bfloat16] for name, row in configs.TABLE.items() if name.startswith("sm_"))
+CONFIGS = tuple(dict.fromkeys((*(Config(*c) for c in NEIGHBOURS), *NVIDIA)))
 
 
 @dataclass
@@ -62,9 +70,9 @@ class Bench:
     def k(self) -> int:
         return SMALL_K if self.at.small else K
 
-    def median(self, runs: dict[str, Run]) -> dict[str, Any]:
-        """Summaries of all, which take turns."""
-        return measure.median_times(runs, self.rounds, self.device)
+    def median(self, runs: dict[str, Run], kernels: bool = False) -> dict[str, Any]:
+        """Summaries of all, which take turns; ``kernels``: without the host's time before the first kernel."""
+        return measure.median_times(runs, self.rounds, self.device, kernels)
 
     def keep(self) -> None:
         """Writes what there is."""
@@ -96,7 +104,7 @@ def copy(b: Bench) -> None:
     """GB/s of a copy, bytes read and written."""
     count = COPY // (1024 if b.at.small else 1) // 4
     x, out = (torch.ones(count, dtype=torch.int32, device=b.device) for _ in range(2))
-    ms = b.median({"copy": lambda: out.copy_(x)})["copy"]
+    ms = b.median({"copy": lambda: out.copy_(x)}, kernels=True)["copy"]
     b.result["copy"] = {"ms": ms, "gb_s": 2 * x.nbytes / ms["median"] / 1e6}
 
 
@@ -110,7 +118,7 @@ def gemms(b: Bench) -> None:
         "dH": lambda: torch.mm(z, w, out=dh),
         "dW": lambda: torch.mm(z.T, h, out=dw),
     }
-    found = b.median(runs)
+    found = b.median(runs, kernels=True)
     b.result["gemms"] = {k: {"ms": ms, "tflop_s": 2 * n * d * v / ms["median"] / 1e9} for k, ms in found.items()}
 
 
@@ -149,10 +157,40 @@ def _moved(b: Bench, name: str, dtype: str, runs: dict[str, Run], elements: int)
     n, _, v = b.shape
     count = elements * DTYPES[dtype].itemsize * n * v
     whole = b.result["copy"]["gb_s"]
-    for backend, ms in b.median(runs).items():
+    for backend, ms in b.median(runs, kernels=True).items():
         rate = count / ms["median"] / 1e6
         entry = {"op": name, "backend": backend, "dtype": dtype, "tokens": n, "vocab": v, "bytes": count, "ms": ms}
         b.result["rows"].append({**entry, "gb_s": rate, "of_copy": rate / whole})
+
+
+def label(config: Config) -> str:
+    """Tile, warps, stages, and what else is set."""
+    return ", ".join(str(x) for x in astuple(config) if x is not None)
+
+
+def configurations(b: Bench) -> None:
+    """Forward KL in bf16 by Triton under each configuration; one that cannot run says why, and the others go on."""
+    if "triton" not in b.at.backends:
+        return
+    n, _, v = b.shape
+    run, whole = row_op("forward_kl", n, v, torch.bfloat16, rows_of("triton"), b.device), b.result["copy"]["gb_s"]
+
+    def under(config: Config) -> None:
+        with configs.forced(config):
+            run()
+
+    runs: dict[str, Run] = {label(c): partial(under, c) for c in CONFIGS}
+    reasons: dict[str, str] = {}
+
+    def failed(name: str, error: Exception) -> None:
+        reasons[name] = f"{type(error).__name__}: {error}"[:300]
+
+    *_, taken = measure.times(runs, b.rounds, b.device, failed, kernels=True)
+    found = {name: measure.summary(ms) for name, ms in taken.items()}
+    rates = {name: 6 * n * v / ms["median"] / 1e6 for name, ms in found.items()}  # two read, one written, of 2 bytes
+    timed = {name: {"ms": found[name], "gb_s": rate, "of_copy": rate / whole} for name, rate in rates.items()}
+    own = label(configs.of(configs.architecture(b.device), torch.bfloat16)) if b.at.cuda else ""
+    b.result["configurations"] = {"table": own, "measured": timed, "failed": reasons}
 
 
 # --- whole losses ----------------------------------------------------------------------------------------------------
@@ -248,6 +286,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "sparse rows": sparse_rows,
     "sparse": lambda b: loss(b, "sparse", "sparse", b.shape[0]),
     "few tokens": lambda b: loss(b, "few tokens", "heads", FEW if not b.at.small else b.shape[0] // 8),
+    "configurations": configurations,
     "chunks": chunk_sizes,
     "overlap": overlap,
     "other divergences": partial(row_ops, names=[d for d in divergences.REGISTRY if d not in COMMON], dtypes=("bf16",)),
@@ -275,7 +314,7 @@ def main() -> int:
     cut = f"; cut for time: {', '.join(b.result['cut'])}" if b.result["cut"] else ""
     failed = f"; failed: {', '.join(b.result['failed'])}" if b.result["failed"] else ""
     print(f"{len(PARTS) - len(b.result['cut'])} parts{failed}{cut}")
-    return 1 if b.result["failed"] else 0
+    return 1 if b.result["failed"] else CUT if b.result["cut"] else 0
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ FASTKD_DEVICE void copy_wait() {  // until at most PENDING batches are on their 
 #if __CUDA_ARCH__ >= 900
 FASTKD_DEVICE int cluster_rank() { return (int)__clusterRelativeBlockRank(); }
 FASTKD_DEVICE void cluster_arrive() { __cluster_barrier_arrive(); }
+FASTKD_DEVICE void cluster_arrive_relaxed() { __cluster_barrier_arrive_relaxed(); }
 FASTKD_DEVICE void cluster_wait() { __cluster_barrier_wait(); }
 template <class T>
 FASTKD_DEVICE const T* of_block(const T* shared, int rank) {  // where another block of the cluster keeps it
@@ -64,6 +65,7 @@ FASTKD_DEVICE const T* of_block(const T* shared, int rank) {  // where another b
 #else  // such kernels are never launched there
 FASTKD_DEVICE int cluster_rank() { return 0; }
 FASTKD_DEVICE void cluster_arrive() {}
+FASTKD_DEVICE void cluster_arrive_relaxed() {}
 FASTKD_DEVICE void cluster_wait() {}
 template <class T>
 FASTKD_DEVICE const T* of_block(const T* shared, int) {

@@ -15,25 +15,26 @@ struct Pair {
   Softmax s, t;
   float cross = 0.f;
 
-  // gaps are differences of tops; infinite where nothing is summed up yet
-  FASTKD_DEVICE void raise(float s_top, float t_top) {
-    const float ds = s_top - s.top, dt = t_top - t.top, ws = Softmax::weight(s.top, s_top), wt = Softmax::weight(t.top, t_top);
+  // ds and dt may be infinite where nothing is summed up yet
+  FASTKD_DEVICE void raise(float s_top, float t_top, float cs, float ct) {
+    const float ds = distance(s_top, s.top, cs), ws = Softmax::weight(s.top, s_top, cs);
+    const float dt = distance(t_top, t.top, ct), wt = Softmax::weight(t.top, t_top, ct);
     if constexpr (F == Form::ForwardKL) cross = wt == 0.f || t.sum == 0.f ? 0.f : wt * (cross + t.sum * (ds - dt));
     if constexpr (F == Form::CrossEntropy) cross = wt == 0.f || t.sum == 0.f ? 0.f : wt * (cross + t.sum * ds);
     if constexpr (F == Form::ReverseKL) cross = ws == 0.f || s.sum == 0.f ? 0.f : ws * (cross + s.sum * (dt - ds));
     s.sum *= ws, s.top = s_top, t.sum *= wt, t.top = t_top;
   }
-  FASTKD_DEVICE void add(Pair o) {
+  FASTKD_DEVICE void add(Pair o, float cs, float ct) {
     const float s_top = fmaxf(s.top, o.s.top), t_top = fmaxf(t.top, o.t.top);
-    raise(s_top, t_top), o.raise(s_top, t_top);
+    raise(s_top, t_top, cs, ct), o.raise(s_top, t_top, cs, ct);
     s.sum += o.s.sum, t.sum += o.t.sum, cross += o.cross;
   }
   FASTKD_DEVICE void add_group(const float (&zs)[GROUP], const float (&zt)[GROUP], float cs, float ct, bool normalized) {
-    const float s_top = fmaxf(s.top, reach_of(zs, cs)), t_top = normalized ? fmaxf(t.top, reach_of(zt, ct)) : 0.f;
-    if (s_top > s.top || t_top > t.top) raise(s_top, t_top);
+    const float s_top = fmaxf(s.top, largest_of(zs)), t_top = normalized ? fmaxf(t.top, largest_of(zt)) : 0.f;
+    if (s_top > s.top || t_top > t.top) raise(s_top, t_top, cs, ct);
 #pragma unroll
     for (int k = 0; k < GROUP; k++) {
-      const float x = fmaf(zs[k], cs, -s.top), y = fmaf(zt[k], ct, -t.top), q = exp2_fast(x), p = exp2_fast(y);
+      const float x = distance(zs[k], s.top, cs), y = distance(zt[k], t.top, ct), q = exp2_fast(x), p = exp2_fast(y);
       s.sum += q, t.sum += p;
       if constexpr (F == Form::ForwardKL) cross = p == 0.f ? cross : fmaf(p, y - x, cross);
       if constexpr (F == Form::CrossEntropy) cross = p == 0.f ? cross : fmaf(-p, x, cross);
@@ -68,15 +69,16 @@ struct Comparison {
     if constexpr (F == Form::CrossEntropy) loss = cross / unit + mass * logf(s);
     if constexpr (F == Form::ReverseKL) {
       loss = cross / s - logf(s / unit);
-      cq = weight * inv * LN2 / s, shift = both.cross / s;
+      cq = weight * inv * LN2 / s;
       none = 0.f * (cq / unit);  // NaN where a row has no mass at all, or a NaN
+      shift = both.cross / s + none;
     }
     loss *= weight;
   }
 
   // grad of closed forms: q - p, or q (log q - log p - KL)
   FASTKD_DEVICE float gradient(float zs, float zt, float cs, float ct) const {
-    const float x = fmaf(zs, cs, -both.s.top), y = fmaf(zt, ct, -both.t.top), q = exp2_fast(x);
+    const float x = distance(zs, both.s.top, cs), y = distance(zt, both.t.top, ct), q = exp2_fast(x);
     if constexpr (F == Form::ReverseKL) return q == 0.f ? none : cq * q * (x - y - shift);
     return fmaf(cq, q, cp * exp2_fast(y));
   }
@@ -103,7 +105,7 @@ FASTKD_DEVICE void for_points(const Terms& terms, const Shared& shared, const Co
     const auto each = [&](auto kind) {
 #pragma unroll
       for (int k = 0; k < GROUP; k++) {
-        const float lq = fmaf(zs[k], cs, -c.both.s.top) - c.log_s, lp = fmaf(zt[k], ct, -c.both.t.top) - c.log_t;
+        const float lq = distance(zs[k], c.both.s.top, cs) - c.log_s, lp = distance(zt[k], c.both.t.top, ct) - c.log_t;
         f(weight, point<Kind(decltype(kind)::value)>(LN2 * lp, LN2 * lq, exp2_fast(lp), exp2_fast(lq), term.a, term.b), k);
       }
     };
@@ -119,15 +121,14 @@ FASTKD_DEVICE void for_points(const Terms& terms, const Shared& shared, const Co
 }
 
 constexpr int threads_of(Form f, bool staged) {
-  return f == Form::General ? GENERAL_THREADS : staged ? STAGED_THREADS : ROW_THREADS;
+  if (f == Form::General) return staged ? STAGED_GENERAL_THREADS : GENERAL_THREADS;
+  return staged ? STAGED_THREADS : ROW_THREADS;
 }
 
-constexpr int blocks_of(Form f, bool staged) {  // that are to live on a multiprocessor
-  return f != Form::General && staged ? 2 : 1;
-}
+constexpr int blocks_of(bool staged) { return staged ? 2 : 1; }  // that are to live on a multiprocessor
 
 template <int S, int T, Form F, bool STAGED>
-__global__ void __launch_bounds__(threads_of(F, STAGED), blocks_of(F, STAGED))
+__global__ void __launch_bounds__(threads_of(F, STAGED), blocks_of(STAGED))
     divergence_kernel(const __grid_constant__ Divergence a) {
   Team<STAGED> team(a.cluster);
   const int64_t row = team.row;
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(threads_of(F, STAGED), blocks_of(F, STAGED))
       s.load(span, i, zs), t.load(span, i, zt);
       both.add_group(zs, zt, cs, ct, a.normalized);
     });
-    both = team.merged(both);
+    both = team.merged(both, cs, ct);
   }
   label.normalise(team, s, span, live, cs, both.s);
   Comparison<F> compared(both, F == Form::General ? 1.f : a.terms.term[0].weight[row], inv, a.normalized);
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(threads_of(F, STAGED), blocks_of(F, STAGED))
                    [&](float w, const Point& x, int k) { grad[k] = fmaf(w, x.h, grad[k]); });
 #pragma unroll
         for (int k = 0; k < GROUP; k++) {  // h - q sum h
-          const float q = exp2_fast(fmaf(zs[k], cs, -both.s.top) - compared.log_s);
+          const float q = exp2_fast(distance(zs[k], both.s.top, cs) - compared.log_s);
           grad[k] = inv * (q == 0.f ? grad[k] : fmaf(-q, compared.total, grad[k]));
         }
       } else {

@@ -11,7 +11,8 @@ namespace gpu {
 
 // Bytes of a row that a block of a cluster keeps at most: two blocks then live on a multiprocessor of 227 KiB
 constexpr int64_t STAGED_BYTES = 110 << 10;
-constexpr int64_t THREE_BLOCKS = 72 << 10;  // as many bytes a block let three live there, which need fewer threads each
+constexpr int64_t THREE_BLOCKS = 72 << 10;  // as many bytes a block let three live there, which need no more threads each
+constexpr int THREE_THREADS = 256;          // than these
 constexpr int LARGEST_CLUSTER = 8;
 
 inline void check(cudaError_t error, const char* what) {
@@ -91,7 +92,8 @@ template <auto Kernel, class Args>
 void start(const Launch& launch, const Args& a, int cluster, int most_threads, int64_t bytes) {
   if (a.n == 0 || a.vocab == 0) return;
   const int64_t shares = cluster > 0 ? cluster : 1, groups = (a.vocab / 8 + 2 + shares - 1) / shares;
-  const int64_t wanted = (groups + 31) / 32 * 32, most = cluster > 0 && bytes <= THREE_BLOCKS ? most_threads / 2 : most_threads;
+  const int64_t wanted = (groups + 31) / 32 * 32, fewer = most_threads < THREE_THREADS ? most_threads : THREE_THREADS,
+                most = cluster > 0 && bytes <= THREE_BLOCKS ? fewer : most_threads;
   if (a.vocab > INT32_MAX - 64) throw std::invalid_argument("CUDA: a vocabulary must be smaller than 2^31");
   if (a.n > INT32_MAX / shares) throw std::invalid_argument("CUDA: too many rows for one launch");
   start_grid<Kernel>(launch, a, a.n * shares, cluster, wanted < most ? wanted : most, FIXED_BYTES + bytes);

@@ -13,6 +13,7 @@ namespace gpu {
 
 constexpr int WARP = 32, MAX_WARPS = 32, STATE_WORDS = 8, BATCHES = 4;
 constexpr int STAGED_THREADS = 512, ROW_THREADS = 1024, GENERAL_THREADS = 512;
+constexpr int STAGED_GENERAL_THREADS = 256;  // of up to 128 registers, so that two blocks live on a multiprocessor
 
 struct Shared {  // the beginning of a block's shared memory; what a kernel keeps follows
   uint32_t warp[MAX_WARPS][STATE_WORDS];
@@ -34,21 +35,28 @@ FASTKD_DEVICE T of_lane(const T& mine, int distance) {
   return other;
 }
 
-template <class T>
-FASTKD_DEVICE T of_warp(T mine) {  // sums in one order, whatever the number of warps
+template <class T, class... Units>
+FASTKD_DEVICE T of_warp(T mine, Units... c) {  // sums in one order, whatever the number of warps
 #pragma unroll
-  for (int d = WARP / 2; d > 0; d /= 2) mine.add(of_lane(mine, d));
+  for (int d = WARP / 2; d > 0; d /= 2) mine.add(of_lane(mine, d), c...);
   return mine;
 }
 
+// a state in shared memory, of another block too; word by word, as its alignment is not known to the compiler there
 template <class T>
 FASTKD_DEVICE void put(uint32_t* words, const T& x) {
-  memcpy(words, (const void*)&x, sizeof(T));
+  uint32_t w[sizeof(T) / 4];
+  memcpy(w, (const void*)&x, sizeof(T));
+#pragma unroll
+  for (int i = 0; i < (int)sizeof(T) / 4; i++) words[i] = w[i];
 }
 template <class T>
 FASTKD_DEVICE T get(const uint32_t* words) {
+  uint32_t w[sizeof(T) / 4];
+#pragma unroll
+  for (int i = 0; i < (int)sizeof(T) / 4; i++) w[i] = words[i];
   T x;
-  memcpy((void*)&x, words, sizeof(T));
+  memcpy((void*)&x, w, sizeof(T));
   return x;
 }
 
@@ -65,23 +73,23 @@ struct Team {
 
   FASTKD_DEVICE bool leader() const { return rank == 0 && threadIdx.x == 0; }
 
-  // The states of all threads of the team as one; ordered as a barrier of the team.
-  template <class T>
-  FASTKD_DEVICE T merged(T mine) {
+  // The states of all threads of the team as one; ordered as a barrier of the team. c: what add takes beside a state.
+  template <class T, class... Units>
+  FASTKD_DEVICE T merged(T mine, Units... c) {
     static_assert(sizeof(T) <= sizeof(uint32_t) * STATE_WORDS, "a state must fit its slot");
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    mine = of_warp(mine);
+    mine = of_warp(mine, c...);
     if (lane == 0) put(shared.warp[warp], mine);
     __syncthreads();
     if (warp == 0) {
-      mine = of_warp(lane < warps ? get<T>(shared.warp[lane]) : T());
+      mine = of_warp(lane < warps ? get<T>(shared.warp[lane]) : T(), c...);
       if (lane == 0) put(STAGED ? shared.exchange[phase & 1] : shared.total, mine);
     }
     if (STAGED) {
       cluster_arrive();
       cluster_wait();
       if (warp == 0) {
-        mine = of_warp(lane < size ? get<T>(of_block(shared.exchange[phase & 1], lane)) : T());
+        mine = of_warp(lane < size ? get<T>(of_block(shared.exchange[phase & 1], lane)) : T(), c...);
         if (lane == 0) put(shared.total, mine);
       }
       phase++;
@@ -90,9 +98,10 @@ struct Team {
     return get<T>(shared.total);
   }
 
-  // Between these two a block may still be read by others of its cluster, which must not find it gone.
+  // Between these two a block may still be read by others of its cluster, which must not find it gone. What was read is
+  // in use by then, and nothing is written for them: no order of memory is needed.
   FASTKD_DEVICE void done_reading() {
-    if (STAGED) cluster_arrive();
+    if (STAGED) cluster_arrive_relaxed();
   }
   FASTKD_DEVICE void leave() {
     if (STAGED) cluster_wait();
@@ -101,37 +110,42 @@ struct Team {
 
 // ---- softmax ----
 
-// sum of 2^(x - top) over some entries; top is a whole number, so that to change it is exact
+// x of a logit: its distance from the largest one in units of ln 2, of which c = LOG2E / temperature has 1. The difference
+// is taken first: a product with c of its own rounding may be far from another one, or infinite.
+FASTKD_DEVICE float distance(float z, float top, float c) { return (z - top) * c; }
+
+// sum of 2^x over some entries, x from the largest of their logits
 struct Softmax {
   float top = LOWEST, sum = 0.f;
 
-  FASTKD_DEVICE static float weight(float from, float to) { return from == to ? 1.f : exp2_fast(from - to); }
-  FASTKD_DEVICE void raise(float to) { sum *= weight(top, to), top = to; }
-  FASTKD_DEVICE void add(const Softmax& o) {
+  FASTKD_DEVICE static float weight(float from, float to, float c) {
+    return from == to ? 1.f : exp2_fast(distance(from, to, c));
+  }
+  FASTKD_DEVICE void raise(float to, float c) { sum *= weight(top, to, c), top = to; }
+  FASTKD_DEVICE void add(const Softmax& o, float c) {
     const float to = fmaxf(top, o.top);
-    sum = sum * weight(top, to) + o.sum * weight(o.top, to);
+    sum = sum * weight(top, to, c) + o.sum * weight(o.top, to, c);
     top = to;
   }
   FASTKD_DEVICE void add_one(float z, float c) {
-    const float reach = ceilf(z * c);
-    if (reach > top) raise(reach);
-    sum += exp2_fast(fmaf(z, c, -top));
+    if (z > top) raise(z, c);
+    sum += exp2_fast(distance(z, top, c));
   }
   FASTKD_DEVICE float log() const { return logf(sum); }  // of the sum, from top
 };
 
-FASTKD_DEVICE float reach_of(const float (&z)[GROUP], float c) {  // a whole number that none of c z passes
+FASTKD_DEVICE float largest_of(const float (&z)[GROUP]) {
   float top = z[0];
 #pragma unroll
   for (int i = 1; i < GROUP; i++) top = fmaxf(top, z[i]);
-  return ceilf(top * c);
+  return top;
 }
 
 FASTKD_DEVICE void add_group(Softmax& s, const float (&z)[GROUP], float c) {
-  const float reach = reach_of(z, c);
-  if (reach > s.top) s.raise(reach);
+  const float top = largest_of(z);
+  if (top > s.top) s.raise(top, c);
 #pragma unroll
-  for (int i = 0; i < GROUP; i++) s.sum += exp2_fast(fmaf(z[i], c, -s.top));
+  for (int i = 0; i < GROUP; i++) s.sum += exp2_fast(distance(z[i], s.top, c));
 }
 
 // ---- rows ----
@@ -372,15 +386,15 @@ struct Label {
         s.load(span, g, x);
         add_group(q, x, LOG2E);
       });
-      q = team.merged(q);
+      q = team.merged(q, LOG2E);
     }
-    scale = weight / q.sum;
+    scale = z != z ? NAN : weight / q.sum;
   }
 
-  FASTKD_DEVICE float loss() const { return weight * (q.log() - LN2 * fmaf(z, LOG2E, -q.top)); }
+  FASTKD_DEVICE float loss() const { return weight * (q.log() - (z - q.top)); }
 
   FASTKD_DEVICE float gradient(float x, int64_t i) const {
-    return scale * exp2_fast(fmaf(x, LOG2E, -q.top)) - (i == id ? weight : 0.f);
+    return scale * exp2_fast(distance(x, q.top, LOG2E)) - (i == id ? weight : 0.f);
   }
   FASTKD_DEVICE void add_gradient(const float (&x)[GROUP], int i, float (&grad)[GROUP]) const {
 #pragma unroll

@@ -39,29 +39,31 @@ FASTKD_DEVICE int64_t listing_bytes(const Span& span) { return (span.size() + 15
 
 // ---- states ----
 
-// Softmax sums of a row apart: of what is listed, of all others; and of the others how many they are, and the sum of x
+// Softmax sums of a row apart: of what is listed, of all others; and of the others how many they are, and the sum of
+// z - top in units of 2^31, the largest vocabulary, so that it is finite
 struct Split {
+  static constexpr float UNIT = 2147483648.f;
   Softmax listed, others;
-  float count = 0.f, moved = 0.f;  // moved: sum of (x - others.top)
+  float count = 0.f, moved = 0.f;
 
-  FASTKD_DEVICE void raise(float to) {
-    if (count != 0.f) moved += count * (others.top - to);
-    others.raise(to);
+  FASTKD_DEVICE void raise(float to, float c) {
+    if (count != 0.f) moved += count / UNIT * (others.top - to);
+    others.raise(to, c);
   }
-  FASTKD_DEVICE void add(Split o) {
+  FASTKD_DEVICE void add(Split o, float c) {
     const float to = fmaxf(others.top, o.others.top);
-    raise(to), o.raise(to);
-    listed.add(o.listed);
+    raise(to, c), o.raise(to, c);
+    listed.add(o.listed, c);
     others.sum += o.others.sum, count += o.count, moved += o.moved;
   }
   FASTKD_DEVICE void add_other(float z, float c) {
-    const float x = fmaf(z, c, -others.top);
-    others.sum += exp2_fast(x), moved += x, count += 1.f;
+    const float away = z - others.top;
+    others.sum += exp2_fast(away * c), moved = fmaf(away, 1.f / UNIT, moved), count += 1.f;
   }
   FASTKD_DEVICE void add_group(const float (&z)[GROUP], float c, uint32_t bits) {
-    const float reach = reach_of(z, c);  // of the others, or above
     if (bits == 0) {
-      if (reach > others.top) raise(reach);
+      const float top = largest_of(z);
+      if (top > others.top) raise(top, c);
 #pragma unroll
       for (int k = 0; k < GROUP; k++) add_other(z[k], c);
       return;
@@ -71,8 +73,7 @@ struct Split {
       if (bits >> k & 1) {
         listed.add_one(z[k], c);
       } else {
-        const float own = ceilf(z[k] * c);
-        if (own > others.top) raise(own);
+        if (z[k] > others.top) raise(z[k], c);
         add_other(z[k], c);
       }
     }
@@ -93,8 +94,8 @@ struct SparseRow {
   const Span& span;
   const Row<S, STAGED>& s;
   const int64_t *ids, row;
-  float c;    // of log2
-  Softmax q;  // that log q of a listed entry is measured in
+  float inv, c;  // of the natural logarithm and of log2
+  Softmax q;     // that log q of a listed entry is measured in
   float log_sum;
 
   FASTKD_DEVICE float logit(int64_t id) const {
@@ -104,11 +105,10 @@ struct SparseRow {
     }
     return s.one(id);
   }
-  FASTKD_DEVICE float x_of(float z) const { return fmaf(z, c, -q.top); }
-  FASTKD_DEVICE float log_q(float z) const { return LN2 * x_of(z) - log_sum; }
-  FASTKD_DEVICE float q_of(float z) const { return exp2_fast(x_of(z)) / q.sum; }
+  FASTKD_DEVICE float log_q(float z) const { return distance(z, q.top, inv) - log_sum; }
+  FASTKD_DEVICE float q_of(float z) const { return exp2_fast(distance(z, q.top, c)) / q.sum; }
   FASTKD_DEVICE bool mine(int64_t id) const { return id >= 0 && id < a.vocab && span.has(id); }
-  FASTKD_DEVICE bool wrong(int64_t id) const { return id < -1 || id >= a.vocab; }
+  FASTKD_DEVICE bool nowhere(int64_t id) const { return id < 0 || id >= a.vocab; }
 
   FASTKD_DEVICE bool compares() const { return a.log_p != nullptr || a.given != nullptr; }
 
@@ -135,12 +135,12 @@ struct SparseRow {
     Outcomes sums;
     for (int64_t k = threadIdx.x; k < a.k; k += blockDim.x) {
       const bool own = mine(ids[k]);
-      if (!own && !(wrong(ids[k]) && team.rank == 0)) continue;
+      if (!own && !(nowhere(ids[k]) && team.rank == 0)) continue;
       const float z = own ? logit(ids[k]) : NAN;
       if (a.log_q != nullptr) a.log_q[row * a.k + k] = log_q(z);
-      if (!compares()) continue;
-      const Point x = listed(k, z);
-      sums.loss += own ? x.phi : NAN, sums.h += x.h;
+      if (ids[k] == -1 || !compares()) continue;
+      const Point x = own ? listed(k, z) : Point{NAN, NAN};
+      sums.loss += x.phi, sums.h += x.h, sums.rest += own ? 0.f : NAN;
     }
     return sums;
   }
@@ -150,17 +150,16 @@ struct SparseRow {
     if (a.rest == Rest::One && compares()) {
       const Point x = a.given != nullptr ? Point{0.f, a.given_rest[row]}
                                          : outcome(a.log_rest[row], log_q_rest, exp2_fast(log_q_rest * LOG2E));
-      sums.loss += x.phi, sums.h += x.h, sums.rest = x.h;
+      sums.loss += x.phi, sums.h += x.h, sums.rest += x.h;
     }
     if (a.rest != Rest::Each || a.log_rest[row] == -INF || split.count == 0.f) return;
     const float log_u = a.log_rest[row], u = exp2_fast(log_u * LOG2E);
-    // sum of log q over the others
-    const float logs = LN2 * split.moved + split.count * (LN2 * (split.others.top - q.top) - log_sum);
+    const float mean = log_q(split.others.top) + split.moved / split.count * Split::UNIT * inv;  // of log q
     for (int i = 0; i < a.terms.count; i++) {
-      const float weight = team.shared.weight[i];
+      const float weight = team.shared.weight[i], mass = weight * u * split.count;
       if (weight == 0.f) continue;
-      const float entropy = (Kind)a.terms.term[i].kind == Kind::ForwardKL ? split.count * log_u : 0.f;
-      sums.loss += weight * u * (entropy - logs), sums.h -= weight * u * split.count, sums.rest -= weight * u;
+      sums.loss += mass * (((Kind)a.terms.term[i].kind == Kind::ForwardKL ? log_u : 0.f) - mean);
+      sums.h -= mass, sums.rest -= weight * u;
     }
   }
 
@@ -176,15 +175,17 @@ struct SparseRow {
       float h = listed(k, z).h;
       for (int64_t j = k + 1; twice && j < a.k; j++)
         if (ids[j] == id) h += listed(j, z).h;
-      float grad = inv * (q == 0.f ? h : fmaf(-q, total, h));
+      float grad = inv * (q == 0.f && total == total ? h : fmaf(-q, total, h));
       if (label.weight != 0.f) grad += label.gradient(z, id);
       g.store_one(id, grad * slope(z));
     }
   }
 };
 
+constexpr int threads_of(bool staged) { return staged ? STAGED_GENERAL_THREADS : GENERAL_THREADS; }
+
 template <int S, bool STAGED>
-__global__ void __launch_bounds__(GENERAL_THREADS, 1) sparse_kernel(const __grid_constant__ Sparse a) {
+__global__ void __launch_bounds__(threads_of(STAGED), STAGED ? 2 : 1) sparse_kernel(const __grid_constant__ Sparse a) {
   Team<STAGED> team(a.cluster);
   const int64_t row = team.row;
   const int offset = offset_of(row_of<S>(a.s.raw, row), size_of(S));
@@ -216,17 +217,17 @@ __global__ void __launch_bounds__(GENERAL_THREADS, 1) sparse_kernel(const __grid
     s.load(span, i, z);
     split.add_group(z, c, listing.of_group(span, i));
   });
-  split = team.merged(split);
+  split = team.merged(split, c);
   Softmax whole = split.listed;
-  whole.add(split.others);
+  whole.add(split.others, c);
   label.normalise(team, s, span, true, c, whole);
 
   // the listed entries
   const bool apart = a.rest == Rest::Out;
   const Softmax q = apart ? split.listed : whole;
-  const SparseRow<S, STAGED> one{a, team, span, s, ids, row, c, q, q.log()};
-  const float above = split.others.top - q.top,
-              log_q_rest = split.others.sum == 0.f ? -INF : LN2 * above + split.others.log() - one.log_sum;
+  const SparseRow<S, STAGED> one{a, team, span, s, ids, row, inv, c, q, q.log()};
+  const float above = exp2_fast(distance(split.others.top, q.top, c)),
+              log_q_rest = split.others.sum == 0.f ? -INF : one.log_q(split.others.top) + split.others.log();
   Outcomes sums = one.sums();
   if (team.leader()) one.add_rest(split, log_q_rest, sums);
   sums = team.merged(sums);
@@ -243,17 +244,17 @@ __global__ void __launch_bounds__(GENERAL_THREADS, 1) sparse_kernel(const __grid
   float each = 0.f;
   const float even = a.rest == Rest::Each ? sums.rest : 0.f;
   if (a.rest == Rest::One)
-    each = split.others.sum == 0.f ? 0.f : sums.rest / split.others.sum - sums.h * exp2_fast(above) / q.sum;
-  else if (!apart)
-    each = -sums.h * exp2_fast(above) / q.sum;
+    each = split.others.sum == 0.f ? 0.f : sums.rest / split.others.sum - sums.h * above / q.sum;
+  else
+    each = apart ? sums.rest : -sums.h * above / q.sum;  // apart: 0, or NaN by an id beyond the vocabulary
   if (nothing || (!apart && !(whole.sum > 0.f))) each = NAN;  // no mass, or a NaN
   for_groups_back(span, [&](int i) {
     float z[GROUP], grad[GROUP];
     s.load(span, i, z);
 #pragma unroll
     for (int k = 0; k < GROUP; k++) {
-      const float e = exp2_fast(fmaf(z[k], c, -split.others.top));
-      grad[k] = inv * (even + (e == 0.f && each == each ? 0.f : e * each));
+      const float e = exp2_fast(distance(z[k], split.others.top, c));
+      grad[k] = inv * (even + (each == 0.f || (e == 0.f && each == each) ? 0.f : e * each));
     }
     if (label.weight != 0.f) label.add_gradient(z, span.entry(i), grad);
     slope.apply(z, grad);
@@ -269,9 +270,9 @@ void run_sparse(const Launch& launch, Sparse a) {
   const auto bytes = [&](int cluster) { return staged_bytes(a.s.raw, cluster, a.vocab) + listing(cluster); };
   a.cluster = cluster_of(launch, bytes);
   if (a.cluster > 0)
-    start<sparse_kernel<S, true>>(launch, a, a.cluster, GENERAL_THREADS, bytes(a.cluster));
+    start<sparse_kernel<S, true>>(launch, a, a.cluster, threads_of(true), bytes(a.cluster));
   else
-    start<sparse_kernel<S, false>>(launch, a, 0, GENERAL_THREADS, listing(1));
+    start<sparse_kernel<S, false>>(launch, a, 0, threads_of(false), listing(1));
 }
 
 void sparse(const Launch& launch, const Sparse& a) {

@@ -6,27 +6,27 @@ namespace gpu {
 
 struct Moments {
   Softmax s;
-  float moment = 0.f;  // sum of 2^x x, x from the top in units of ln 2
+  float moment = 0.f;  // sum of 2^x x
   float largest = -INF, nan = 0.f;
   int at = INT32_MAX;
 
-  FASTKD_DEVICE void raise(float to) {
-    const float w = Softmax::weight(s.top, to);
-    moment = w == 0.f || s.sum == 0.f ? 0.f : w * (moment + s.sum * (s.top - to));
+  FASTKD_DEVICE void raise(float to, float c) {
+    const float w = Softmax::weight(s.top, to, c);
+    moment = w == 0.f || s.sum == 0.f ? 0.f : w * (moment + s.sum * distance(s.top, to, c));
     s.sum *= w, s.top = to;
   }
-  FASTKD_DEVICE void add(Moments o) {
+  FASTKD_DEVICE void add(Moments o, float c) {
     const float to = fmaxf(s.top, o.s.top);
-    raise(to), o.raise(to);
+    raise(to, c), o.raise(to, c);
     s.sum += o.s.sum, moment += o.moment, nan += o.nan;
     if (o.largest > largest || (o.largest == largest && o.at < at)) largest = o.largest, at = o.at;
   }
   FASTKD_DEVICE void add_group(const float (&z)[GROUP], float c, int i) {
-    const float reach = reach_of(z, c);
-    if (reach > s.top) raise(reach);
+    const float top = largest_of(z);
+    if (top > s.top) raise(top, c);
 #pragma unroll
     for (int k = 0; k < GROUP; k++) {
-      const float x = fmaf(z[k], c, -s.top), e = exp2_fast(x);
+      const float x = distance(z[k], s.top, c), e = exp2_fast(x);
       s.sum += e;
       moment = e == 0.f ? moment : fmaf(e, x, moment);
       nan += z[k] != z[k] ? 1.f : 0.f;
@@ -51,14 +51,14 @@ __global__ void __launch_bounds__(GENERAL_THREADS, 1) stats_kernel(const __grid_
     s.load(span, i, z);
     all.add_group(z, c, span.entry(i));
   });
-  all = team.merged(all);
+  all = team.merged(all, c);
   const float log_sum = all.s.log(), sum = all.s.sum, entropy = log_sum - LN2 * all.moment / sum;
   const int at = all.at == INT32_MAX ? 0 : all.at;
   if (team.leader()) {
-    a.lse[row] = all.largest == -INF && all.nan == 0.f ? -INF : LN2 * all.s.top + log_sum;
+    a.lse[row] = fabsf(all.largest) == INF && all.nan == 0.f ? all.largest : fmaf(all.s.top, inv, log_sum);
     const float some = a.vocab == 1 ? 0.f : 1.f;  // an entry that has no others has all mass exactly
     a.entropy[row] = some * entropy;
-    a.max_log_prob[row] = some * (LN2 * fmaf(all.largest, c, -all.s.top) - log_sum);
+    a.max_log_prob[row] = some * (LN2 * distance(all.largest, all.s.top, c) - log_sum);
     a.argmax[row] = at;
   }
   if (g.data == nullptr) return;
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(GENERAL_THREADS, 1) stats_kernel(const __grid_
     s.load(span, i, z);
 #pragma unroll
     for (int k = 0; k < GROUP; k++) {
-      const float x = fmaf(z[k], c, -all.s.top), e = exp2_fast(x);
+      const float x = distance(z[k], all.s.top, c), e = exp2_fast(x);
       const float own = e == 0.f ? none : e / sum * fmaf(-d_entropy, LN2 * x, even);
       grad[k] = inv * (own + (span.entry(i) + k == at ? d_max : 0.f));
     }

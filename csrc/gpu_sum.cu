@@ -78,7 +78,10 @@ void start_sum(const Launch& launch, const Accumulate& a) {
 }
 
 void accumulate(const Launch& launch, const Accumulate& a) {
-  a.dtype == Float32 ? start_sum<accumulate_kernel<Float32>>(launch, a) : start_sum<accumulate_kernel<BFloat16>>(launch, a);
+  if (a.dtype == Float32) return start_sum<accumulate_kernel<Float32>>(launch, a);
+  if (a.dtype == BFloat16) return start_sum<accumulate_kernel<BFloat16>>(launch, a);
+  if (a.dtype == Float16) return start_sum<accumulate_kernel<Float16>>(launch, a);
+  throw std::invalid_argument("part must be float32, bfloat16 or float16, got the dtype " + std::to_string(a.dtype));
 }
 
 void round_sum(const Launch& launch, const Accumulate& a) { start_sum<round_kernel>(launch, a); }

@@ -1,4 +1,4 @@
-"""What each CUDA kernel takes on each architecture, by ptxas: registers, shared memory, spills.
+"""What each CUDA kernel takes on each architecture, by ptxas: registers, threads they let live, shared memory, spills.
 
     python csrc/ptxas.py [FILE.cu ...]        all of csrc/*.cu if none is named
 
@@ -40,6 +40,11 @@ class Kernel:
     @property
     def local(self) -> int:
         return max(self.stack, self.spilled)
+
+    @property
+    def threads(self) -> int:
+        """How many may live on a multiprocessor of 65536 registers, which a warp takes by 256."""
+        return min(2048, 65536 // (-(-self.registers // 8) * 256) * 32)
 
     @property
     def ok(self) -> bool:
@@ -109,10 +114,12 @@ def main(names: list[str]) -> int:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         reports = list(pool.map(lambda source: compiled(command, source), sources))
     kernels = sorted((k for report in reports for k in parse(report)), key=lambda k: (readable(k.name), k.architecture))
-    table = Table("kernel", "architecture", "registers", "shared", "stack", "spilled", "")
+    table = Table("kernel", "architecture", "registers", "threads", "shared", "stack", "spilled", "")
     for k in kernels:
         verdict = "" if k.ok else "[red]too much local memory"
-        table.add_row(readable(k.name), k.architecture, *map(str, (k.registers, k.shared, k.stack, k.spilled)), verdict)
+        table.add_row(
+            readable(k.name), k.architecture, *map(str, (k.registers, k.threads, k.shared, k.stack, k.spilled)), verdict
+        )
     Console(width=120).print(table)
     bad = [k for k in kernels if not k.ok]
     print(f"{len(kernels)} kernels, {len(bad)} with more than {LOCAL_LIMIT} bytes in local memory")

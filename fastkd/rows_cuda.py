@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkd.backends import extension
 from fastkd.problem import Side
-from fastkd.rows_cpu import DTYPES, RESTS
+from fastkd.rows_cpu import DTYPES, RESTS, _at, _floats, _matrix, _source, _terms
 from fastkd.rows_torch import Rows
 from fastkd.sparse import Listed
 
@@ -19,18 +19,10 @@ LOOKS, COMPACT, ROW_TENSORS = False, True, 0
 EMULATED: ModuleType | None = None  # the same functions on the CPU, for tests
 CLUSTER: int | None = None  # blocks that share a row, 0 for none; None: by device and size
 
-_NOTHING = (0, 0, 0, 0)
-
 
 def kernels() -> Any:
     """The functions of csrc/gpu_bindings.h."""
     return getattr(extension()[0], "cuda", None) if EMULATED is None else EMULATED
-
-
-def kinds() -> dict[str, int]:
-    """The divergences that the CUDA table has."""
-    module = kernels()
-    return {} if module is None else module.KINDS
 
 
 def unavailable() -> str | None:
@@ -51,34 +43,8 @@ def _launch(x: Tensor) -> tuple[int, int, int]:
     return index, torch.cuda.current_stream(index).cuda_stream, cluster
 
 
-def _matrix(x: Tensor | None) -> tuple[int, int, int, int]:
-    """address, row stride, width, dtype; the columns of x [n, V] are contiguous"""
-    return _NOTHING if x is None else (x.data_ptr(), x.stride(0), x.shape[1], DTYPES[x.dtype])
-
-
-def _floats(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(torch.float32).contiguous()
-
-
 def _ids(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(torch.int64).contiguous()
-
-
-def _at(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _source(x: Tensor, side: Side, temperature: Tensor | None) -> tuple[Any, ...]:
-    return _matrix(x), side.logit_scale, side.softcap or 0.0, _at(temperature)
-
-
-def _terms(a: Rows, weights: Tensor) -> list[tuple[int, float, float, int]]:
-    """kind, parameters and weights [n] of each divergence"""
-    terms = []
-    for d, w in zip(a.divergences, weights, strict=True):
-        p = (*d.params, 0.0, 0.0)
-        terms.append((kinds()[d.name], p[0], p[1], w.data_ptr()))
-    return terms
 
 
 def _new(x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -117,7 +83,8 @@ def sparse(s: Tensor, t: Listed, g: Tensor | None, a: Rows) -> Tensor:
 def select(
     s: Tensor, g: Tensor | None, side: Side, vocab: int, temperature: Tensor, ids: Tensor, cotangent: Tensor | None
 ) -> Tensor:
-    """log q at ids [n, K]; with cotangents [n, K] the gradient into g [n, V]. An id beyond the vocabulary gives NaN."""
+    """log q at ids [n, K]; with cotangents [n, K] the gradient into g [n, V]. An id beyond the vocabulary gives
+    NaN, in the gradient of its row too; -1 gives NaN, and its cotangent is left out."""
     out = _new(s, *ids.shape)
     _listed(s, g, side, vocab, temperature, ids, (cotangent, None), (out, None))
     return out
@@ -143,7 +110,8 @@ def _listed(
 def stats(
     s: Tensor, g: Tensor | None, side: Side, vocab: int, temperature: Tensor, cotangents: tuple[Tensor, ...] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """lse, entropy, max_log_prob, argmax; with cotangents [n] of the first three the gradient into g [n, V]."""
+    """lse, entropy, max_log_prob, argmax; with cotangents [n] of the first three the gradient into g [n, V]. Where the
+    row is NaN, argmax is the place of the largest number in it, as in rows_cpu; rows_torch has 0 there."""
     n = s.shape[0]
     out, argmax = _new(s, 3, n), _new(s, n, dtype=torch.int64)
     ts, given = _floats(temperature), [_floats(c) for c in (cotangents or (None, None, None))[:3]]
@@ -178,10 +146,12 @@ def top(
 
 def accumulate(high: Tensor, low: Tensor | None, part: Tensor, first: bool) -> None:
     """high [m, D] float32 += part [m, D]; = where first. With low [m, D] uint8 the sum has 24 bits, the upper 16 in
-    high [m, D] bfloat16, and part is bfloat16 or float32; all contiguous."""
+    high [m, D] bfloat16, and part is float32, bfloat16 or float16; all contiguous."""
     if low is None:
         high.copy_(part) if first else high.add_(part)
         return
+    if part.dtype not in DTYPES:
+        raise TypeError(f"part must be float32, bfloat16 or float16, got {part.dtype}")
     kernels().accumulate(
         *(_launch(high), high.data_ptr(), low.data_ptr(), part.data_ptr(), DTYPES[part.dtype], part.numel(), first)
     )

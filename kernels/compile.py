@@ -5,8 +5,8 @@
 What is compiled is what the row ops launch: they run on small tensors, and their launches are recorded instead of
 started, with the configuration of each architecture. Every divergence in bfloat16 and float32 and every tail with
 softcap, scale, labels and gradient; the closed forms, each tail and every primitive plain, in float16 too; sums, odd
-vocabularies, and the loss alone. Exit status 1 if a kernel's local memory (stack and spills) passes 64 bytes, or its
-shared memory what the architecture has.
+vocabularies, lists of one entry, and results without a gradient. Exit status 1 if a kernel's local memory (stack and
+spills) passes 64 bytes, or its shared memory what the architecture has.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from fastkd import divergences, rows_triton
+from fastkd.chunks import ALIGN
 from fastkd.kernels import configs
 from fastkd.kernels.launch import Launch, recorded
 from fastkd.problem import Side
@@ -85,31 +86,46 @@ def _rows(kinds: tuple[str, ...], n: int, vocab: int, full: bool, normalized: bo
     )
 
 
+def _logits(n: int, vocab: int, dtype: torch.dtype) -> Tensor:
+    """[n, vocab]; rows begin at multiples of 64 entries, like those of chunks."""
+    return torch.empty(n, -(-vocab // ALIGN) * ALIGN, dtype=dtype)[:, :vocab]
+
+
 def _dense(
     kinds: tuple[str, ...], dtype: torch.dtype, full: bool, learn: bool = True, vocab: int = VOCAB, teacher: Any = None
 ) -> None:
     n = 16 if vocab == VOCAB else 13
-    s, t = torch.empty(n, vocab, dtype=dtype), torch.empty(n, vocab, dtype=teacher or dtype)
+    s, t = _logits(n, vocab, dtype), _logits(n, vocab, teacher or dtype)
     rows_triton.divergence(s, t, s if learn else None, _rows(kinds, n, vocab, full, teacher is None))
 
 
-def _sparse(tail: str, kinds: tuple[str, ...], dtype: torch.dtype, full: bool, vocab: int = VOCAB) -> None:
+def _sparse(
+    tail: str,
+    kinds: tuple[str, ...],
+    dtype: torch.dtype,
+    full: bool,
+    learn: bool = True,
+    vocab: int = VOCAB,
+    k: int = LIST,
+) -> None:
     n = 16 if vocab == VOCAB else 13
-    s, ids, log_p = torch.empty(n, vocab, dtype=dtype), torch.zeros(n, LIST, dtype=torch.long), torch.empty(n, LIST)
+    s, ids, log_p = _logits(n, vocab, dtype), torch.zeros(n, k, dtype=torch.long), torch.empty(n, k)
     rest = None if tail in ("drop", "renormalize_both") else torch.empty(n)
-    rows_triton.sparse(s, Listed(tail, ids, log_p, rest), s, _rows(kinds, n, vocab, full))
+    rows_triton.sparse(s, Listed(tail, ids, log_p, rest), s if learn else None, _rows(kinds, n, vocab, full))
 
 
-def _primitive(name: str, dtype: torch.dtype, full: bool) -> None:
-    n = 16
-    s, ones, listed = torch.empty(n, VOCAB, dtype=dtype), torch.ones(n), torch.ones(n, LIST)
-    side = _rows((), n, VOCAB, full).student
+def _primitive(
+    name: str, dtype: torch.dtype, full: bool, learn: bool = True, vocab: int = VOCAB, k: int = LIST
+) -> None:
+    n = 16 if vocab == VOCAB else 13
+    s, ones, listed = _logits(n, vocab, dtype), torch.ones(n), torch.ones(n, k)
+    side, g = _rows((), n, vocab, full).student, s if learn else None
     if name == "select":
-        rows_triton.select(s, s, side, VOCAB, ones, listed.long(), listed)
+        rows_triton.select(s, g, side, vocab, ones, listed.long(), listed if learn else None)
     elif name == "stats":
-        rows_triton.stats(s, s, side, VOCAB, ones, (ones, ones, ones))
+        rows_triton.stats(s, g, side, vocab, ones, (ones, ones, ones) if learn else None)
     else:
-        rows_triton.top(s, s, side, VOCAB, ones, LIST, (listed, ones))
+        rows_triton.top(s, g, side, vocab, ones, k, (listed, ones) if learn else None)
 
 
 def _sum(dtype: torch.dtype) -> None:
@@ -144,6 +160,13 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "forward_kl, bf16, loss alone", partial(_dense, ("forward_kl",), BF16, False, learn=False)
     yield "forward_kl, bf16, odd", partial(_dense, ("forward_kl",), BF16, False, vocab=ODD)
     yield "sparse bucket, bf16, odd", partial(_sparse, "bucket", ("forward_kl",), BF16, False, vocab=ODD)
+    yield "sparse bucket, bf16, one listed", partial(_sparse, "bucket", ("forward_kl",), BF16, False, k=1)
+    yield "sparse bucket, bf16, loss alone", partial(_sparse, "bucket", ("forward_kl",), BF16, False, learn=False)
+    for op in ("select", "stats", "top"):
+        yield f"{op}, bf16, odd", partial(_primitive, op, BF16, False, vocab=ODD)
+        yield f"{op}, bf16, no gradient", partial(_primitive, op, BF16, False, learn=False)
+    yield "top, bf16, one listed", partial(_primitive, "top", BF16, False, k=1)
+    yield "top, bf16, one entry", partial(_primitive, "top", BF16, False, vocab=1, k=1)
     yield "cross_entropy, bf16, log-weights", partial(_dense, ("cross_entropy",), BF16, False, teacher=FP32)
 
 

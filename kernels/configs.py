@@ -12,27 +12,31 @@ import torch
 
 @dataclass(frozen=True)
 class Config:
-    """BLOCK columns at a time by num_warps warps; num_stages tiles are on their way at a time."""
+    """BLOCK columns at a time by num_warps warps; num_stages tiles are on their way at a time.
+
+    No thread has more than maxnreg registers (NVIDIA): with 64, two programs of 16 warps share a multiprocessor.
+    """
 
     block: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 # architecture -> dtype of the rows (float16 is bfloat16's), or "find" for the search for the k largest -> configuration
 TABLE: dict[str, dict[torch.dtype | str, Config]] = {
     "sm_80": {
-        torch.bfloat16: Config(4096, 16, 2),
-        torch.float32: Config(4096, 16, 2),
+        torch.bfloat16: Config(4096, 16, 2, 64),
+        torch.float32: Config(4096, 16, 2, 64),
         "find": Config(4096, 16, 2),
     },
     "sm_90": {
-        torch.bfloat16: Config(8192, 32, 2),
-        torch.float32: Config(4096, 16, 2),
+        torch.bfloat16: Config(8192, 32, 3),
+        torch.float32: Config(4096, 16, 2, 64),
         "find": Config(4096, 16, 2),
     },
     "sm_100": {
-        torch.bfloat16: Config(4096, 16, 2),
+        torch.bfloat16: Config(4096, 16, 3),
         torch.float32: Config(4096, 16, 2),
         "find": Config(4096, 16, 2),
     },

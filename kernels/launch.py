@@ -26,7 +26,9 @@ class Launch:
 
     def options(self) -> dict[str, Any]:
         """What the compiler is told beside the arguments."""
-        return {"num_warps": self.config.num_warps, "enable_fp_fusion": True}
+        unlimited = self.config.maxnreg is None or torch.version.hip is not None
+        limit = {} if unlimited else {"maxnreg": self.config.maxnreg}
+        return {"num_warps": self.config.num_warps, "enable_fp_fusion": True, **limit}
 
     def run(self) -> None:
         device = next(x.device for x in self.arguments.values() if isinstance(x, torch.Tensor))
@@ -35,8 +37,12 @@ class Launch:
 
 
 def launch(kernel: Any, programs: int, config: Config, arguments: dict[str, Any]) -> None:
-    """Start the kernel, or within `recorded` only write down that it would be; BLOCK and STAGES come from config."""
-    constants = {"BLOCK": config.block, "STAGES": config.num_stages}
+    """Start the kernel, or within `recorded` only write down that it would be; BLOCK and STAGES come from config.
+
+    ODD says that a mask at the end of a row would leave no wide loads, see `tiles.columns`.
+    """
+    odd = int(any(value % 16 for name, value in arguments.items() if name.endswith("_width")))
+    constants = {"BLOCK": config.block, "STAGES": config.num_stages, "ODD": odd}
     own = {name: value for name, value in constants.items() if name in kernel.arg_names}
     one = Launch(kernel, programs, config, arguments | own)
     record = _recorded.get()

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels.sparse import list_sums, merged, put_all, put_listed, row_sums
-from fastkd.kernels.tiles import LN2, LOG2E, LOWEST, gather, logits, put, raised, slope, times
+from fastkd.kernels.tiles import LN2, LOG2E, LOWEST, columns, gather, logits, put, raised, slope, times
 
 
 @triton.jit
@@ -54,6 +54,7 @@ def select(
     g_stride,
     vocab,
     k,
+    ODD: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -69,11 +70,11 @@ def select(
         D += row * k
         Z += row * k
     inv2 = LOG2E / tl.load(S_TEMPERATURE + row)
-    m, total, _, _, _ = row_sums(S, s_width, s_scale, s_cap, inv2, None, vocab, False, False, BLOCK, STAGES)
+    m, total, _, _, _ = row_sums(S, s_width, s_scale, s_cap, inv2, None, vocab, False, False, ODD, BLOCK, STAGES)
     mass = put_log_probs(S, IDS, OUT, D, Z, k, s_width, vocab, s_scale, s_cap, inv2, m, total, BLOCK_K)
     if G is not None:  # -q sum d, and d where it is listed
         r, c = 1 / total, -mass
-        put_all(S, G, s_width, s_scale, s_cap, inv2, 1.0, m, r, c, 0.0, None, vocab, BLOCK, STAGES)
+        put_all(S, G, s_width, s_scale, s_cap, inv2, 1.0, m, r, c, 0.0, None, vocab, ODD, BLOCK, STAGES)
         tl.debug_barrier()  # what is listed is written over
         put_listed(G, s_width, s_scale, s_cap, inv2, 1.0, m, r, c, None, IDS, D, Z, k, True, BLOCK_K, BLOCK_R)
 
@@ -96,10 +97,11 @@ def stats(
     G,  # [n, V_s] the gradient, may be S; or None
     g_stride,
     vocab,
+    ODD: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """lse, entropy, max_log_prob, argmax"""
+    """lse, entropy, max_log_prob, argmax; of a row with a NaN argmax is undefined, of one with +inf lse is NaN"""
     row = tl.program_id(0).to(tl.int64)
     S += row * s_stride
     inv2 = LOG2E / tl.load(S_TEMPERATURE + row)
@@ -108,16 +110,18 @@ def stats(
     at = 0
     total = tl.zeros([BLOCK], tl.float32)
     moment = tl.zeros([BLOCK], tl.float32)  # sum 2^x x
-    for v in tl.range(0, vocab, BLOCK, num_stages=STAGES):
-        z = logits(S, v + tl.arange(0, BLOCK), s_width, s_scale, s_cap, "evict_last")
-        tile_top, tile_at = tl.max(z, 0, return_indices=True)  # of equals the lower
-        at = tl.where(tile_top > top, v + tile_at, at)
-        top = tl.maximum(top, tile_top)
-        m, d, w = raised(m, z, inv2)
-        x = (z - m) * inv2
-        e = tl.exp2(x)
-        moment = times(w, moment + total * d) + times(e, x)
-        total = total * w + e
+    for WHOLE in tl.static_range(ODD, -1, -1):
+        first, end = columns(s_width, vocab, WHOLE, ODD, BLOCK)
+        for v in tl.range(first, end, BLOCK, num_stages=STAGES):
+            z = logits(S, v + tl.arange(0, BLOCK), s_width, s_scale, s_cap, WHOLE, "evict_last")
+            tile_top, tile_at = tl.max(z, 0, return_indices=True)  # of equals the lower
+            at = tl.where(tile_top > top, v + tile_at, at)
+            top = tl.maximum(top, tile_top)
+            m, d, w = raised(m, z, inv2)
+            x = (z - m) * inv2
+            e = tl.exp2(x)
+            moment = times(w, moment + total * d) + times(e, x)
+            total = total * w + e
     norm = tl.sum(total, 0)
     log_norm = tl.log(norm)
     entropy = log_norm - tl.sum(moment, 0) * LN2 / norm
@@ -131,13 +135,15 @@ def stats(
         d_max = tl.load(D_MAX + row)
         even = tl.load(D_LSE + row) - d_max
         tl.debug_barrier()  # every warp has read what it reads of S besides
-        for b in tl.range(tl.cdiv(s_width, BLOCK) - 1, -1, -1, num_stages=STAGES):
-            i = b * BLOCK + tl.arange(0, BLOCK)
-            z = logits(S, i, s_width, s_scale, s_cap, "evict_first")
-            x = (z - m) * inv2
-            g = times(tl.exp2(x) / norm, even - d_entropy * (x * LN2 - log_norm + entropy))
-            g += tl.where(i == at, d_max, 0.0)
-            put(G, i, g * (inv2 * LN2) * slope(z, s_scale, s_cap), s_width)
+        for WHOLE in tl.static_range(1 + ODD):
+            first, end = columns(s_width, s_width, WHOLE, ODD, BLOCK)
+            for b in tl.range(tl.cdiv(end, BLOCK) - 1, first // BLOCK - 1, -1, num_stages=STAGES):
+                i = b * BLOCK + tl.arange(0, BLOCK)
+                z = logits(S, i, s_width, s_scale, s_cap, WHOLE, "evict_first")
+                x = (z - m) * inv2
+                g = times(tl.exp2(x) / norm, even - d_entropy * (x * LN2 - log_norm + entropy))
+                g += tl.where(i == at, d_max, 0.0)
+                put(G, i, g * (inv2 * LN2) * slope(z, s_scale, s_cap), s_width, WHOLE)
 
 
 @triton.jit
@@ -149,7 +155,7 @@ def order(z):
 
 
 @triton.jit
-def kth_key(S, width, scale, cap, vocab, k, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+def kth_key(S, width, scale, cap, vocab, k, ODD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """The key of the kth entry, and how many entries of that key are among the first k: eight bits at a time"""
     digits = tl.arange(0, 256)
     key = tl.zeros([], tl.uint32)
@@ -157,13 +163,15 @@ def kth_key(S, width, scale, cap, vocab, k, BLOCK: tl.constexpr, STAGES: tl.cons
     for p in tl.static_range(4):
         shift = 24 - 8 * p
         counts = tl.zeros([256], tl.int32)
-        for v in tl.range(0, vocab, BLOCK, num_stages=STAGES):
-            i = v + tl.arange(0, BLOCK)
-            keys = order(logits(S, i, width, scale, cap, "evict_last"))
-            same = i < vocab
-            if p > 0:
-                same = same & ((keys >> (shift + 8)) == (key >> (shift + 8)))
-            counts += tl.histogram(((keys >> shift) & 255).to(tl.int32), 256, mask=same)
+        for WHOLE in tl.static_range(ODD, -1, -1):
+            first, end = columns(width, vocab, WHOLE, ODD, BLOCK)
+            for v in tl.range(first, end, BLOCK, num_stages=STAGES):
+                i = v + tl.arange(0, BLOCK)
+                keys = order(logits(S, i, width, scale, cap, WHOLE, "evict_last"))
+                same = i < vocab
+                if p > 0:
+                    same = same & ((keys >> (shift + 8)) == (key >> (shift + 8)))
+                counts += tl.histogram(((keys >> shift) & 255).to(tl.int32), 256, mask=same)
         digit = tl.sum((tl.cumsum(counts, 0) < left).to(tl.int32), 0)
         left -= tl.sum(tl.where(digits < digit, counts, 0), 0)
         key = key | (digit.to(tl.uint32) << shift)
@@ -184,6 +192,7 @@ def find(
     TOTAL,  # [n] and their sum 2^x
     vocab,
     k,
+    ODD: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -193,25 +202,27 @@ def find(
     IDS += row * k
     Z += row * k
     inv2 = LOG2E / tl.load(S_TEMPERATURE + row)
-    key, left = kth_key(S, s_width, s_scale, s_cap, vocab, k, BLOCK, STAGES)
+    key, left = kth_key(S, s_width, s_scale, s_cap, vocab, k, ODD, BLOCK, STAGES)
     m = LOWEST
     total = tl.zeros([BLOCK], tl.float32)
     found = 0
-    for v in tl.range(0, vocab, BLOCK, num_stages=STAGES):
-        i = v + tl.arange(0, BLOCK)
-        z = logits(S, i, s_width, s_scale, s_cap, "evict_first")
-        keys = order(z)
-        inside = i < vocab
-        equal = (inside & (keys == key)).to(tl.int32)
-        taken = (inside & (keys < key)) | ((equal == 1) & (tl.cumsum(equal, 0) <= left))
-        place = found + tl.cumsum(taken.to(tl.int32), 0) - 1
-        tl.store(IDS + place, i.to(tl.int64), mask=taken)
-        tl.store(Z + place, z, mask=taken)
-        found += tl.sum(taken.to(tl.int32), 0)
-        left -= tl.sum(equal, 0)
-        z = tl.where(taken, -float("inf"), z)
-        m, _, w = raised(m, z, inv2)
-        total = total * w + tl.exp2((z - m) * inv2)
+    for WHOLE in tl.static_range(ODD, -1, -1):
+        first, end = columns(s_width, vocab, WHOLE, ODD, BLOCK)
+        for v in tl.range(first, end, BLOCK, num_stages=STAGES):
+            i = v + tl.arange(0, BLOCK)
+            z = logits(S, i, s_width, s_scale, s_cap, WHOLE, "evict_first")
+            keys = order(z)
+            inside = i < vocab
+            equal = (inside & (keys == key)).to(tl.int32)
+            taken = (inside & (keys < key)) | ((equal == 1) & (tl.cumsum(equal, 0) <= left))
+            place = found + tl.cumsum(taken.to(tl.int32), 0) - 1
+            tl.store(IDS + place, i.to(tl.int64), mask=taken)
+            tl.store(Z + place, z, mask=taken)
+            found += tl.sum(taken.to(tl.int32), 0)
+            left -= tl.sum(equal, 0)
+            z = tl.where(taken, -float("inf"), z)
+            m, _, w = raised(m, z, inv2)
+            total = total * w + tl.exp2((z - m) * inv2)
     tl.store(TOP + row, m)
     tl.store(TOTAL + row, tl.sum(total, 0))
 
@@ -236,6 +247,7 @@ def top(
     g_stride,
     vocab,
     k,
+    ODD: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
@@ -262,7 +274,7 @@ def top(
         d_tail = tl.load(D_LOG_TAIL + row)
         mass += d_tail
         r, c = tl.where(l_u == 0, 0.0, 1 / l_u), d_tail - times(tl.exp(log_tail), mass)
-        put_all(S, G, s_width, s_scale, s_cap, inv2, 1.0, m_u, r, c, 0.0, None, vocab, BLOCK, STAGES)
+        put_all(S, G, s_width, s_scale, s_cap, inv2, 1.0, m_u, r, c, 0.0, None, vocab, ODD, BLOCK, STAGES)
         tl.debug_barrier()  # what is listed is written over
         put_listed(
             *(G, s_width, s_scale, s_cap, inv2, 1.0, m, 1 / total, -mass),

@@ -13,6 +13,7 @@ from fastkd.kernels.rows import terms
 from fastkd.kernels.tiles import (
     LOG2E,
     LOWEST,
+    columns,
     gather,
     label_gradient,
     label_of,
@@ -53,6 +54,7 @@ def row_sums(
     vocab,
     EACH: tl.constexpr,
     HARD: tl.constexpr,
+    ODD: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -63,23 +65,27 @@ def row_sums(
     total_hard = tl.zeros([BLOCK], tl.float32)
     moved = tl.zeros([BLOCK], tl.float32)
     count = tl.zeros([BLOCK], tl.float32)
-    for v in tl.range(0, vocab, BLOCK, num_stages=STAGES):
-        i = v + tl.arange(0, BLOCK)
-        z = logits(S, i, width, scale, cap, "evict_last")
-        if HARD:
-            m_hard, _, w_hard = raised(m_hard, z, LOG2E)
-            total_hard = total_hard * w_hard + tl.exp2((z - m_hard) * LOG2E)
-        other = i < vocab
-        if LISTED is not None:
-            word = tl.load(LISTED + i // 32, mask=other, other=0)
-            other = other & ((word >> (i % 32)) & 1 == 0)
-            z = tl.where(other, z, -float("inf"))
-        m, d, w = raised(m, z, inv2)
-        x = (z - m) * inv2
-        total = total * w + tl.exp2(x)
-        if EACH:
-            moved += count * d + tl.where(other, x, 0.0)
-            count += tl.where(other, 1.0, 0.0)
+    for WHOLE in tl.static_range(ODD, -1, -1):
+        first, end = columns(width, vocab, WHOLE, ODD, BLOCK)
+        for v in tl.range(first, end, BLOCK, num_stages=STAGES):
+            i = v + tl.arange(0, BLOCK)
+            z = logits(S, i, width, scale, cap, WHOLE, "evict_last")
+            if HARD:
+                m_hard, _, w_hard = raised(m_hard, z, LOG2E)
+                total_hard = total_hard * w_hard + tl.exp2((z - m_hard) * LOG2E)
+            other = i < vocab
+            if LISTED is not None:
+                at = v // 32 + tl.arange(0, BLOCK // 32)
+                words = tl.load(LISTED + at, mask=at < tl.cdiv(vocab, 32), other=0)
+                listed = (words[:, None] >> tl.arange(0, 32)[None, :]) & 1
+                other = other & (tl.reshape(listed, [BLOCK]) == 0)
+                z = tl.where(other, z, -float("inf"))
+            m, d, w = raised(m, z, inv2)
+            x = (z - m) * inv2
+            total = total * w + tl.exp2(x)
+            if EACH:
+                moved += count * d + tl.where(other, x, 0.0)
+                count += tl.where(other, 1.0, 0.0)
     return m, tl.sum(total, 0), tl.sum(moved, 0), m_hard, tl.sum(total_hard, 0)
 
 
@@ -121,21 +127,24 @@ def put_all(
     even,
     LABEL,  # (label, weight, max, sum), or None
     vocab,
+    ODD: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """G = (r 2^x c + even, over T, + the label's) * factor * dz/draw; the last tiles are still cached"""
     tl.debug_barrier()  # every warp has read what it reads of S besides
-    for b in tl.range(tl.cdiv(width, BLOCK) - 1, -1, -1, num_stages=STAGES):
-        i = b * BLOCK + tl.arange(0, BLOCK)
-        z = logits(S, i, width, scale, cap, "evict_first")
-        g = tl.zeros([BLOCK], tl.float32) + even
-        if c is not None:
-            g += times(tl.exp2((z - m) * inv2) * r, c)
-        g *= inv2 / LOG2E
-        if LABEL is not None:
-            g += label_gradient(z, i, LABEL[0], LABEL[1], LABEL[2], LABEL[3])
-        put(G, i, g * slope(z, scale, cap) * factor, width)
+    for WHOLE in tl.static_range(1 + ODD):
+        first, end = columns(width, width, WHOLE, ODD, BLOCK)
+        for b in tl.range(tl.cdiv(end, BLOCK) - 1, first // BLOCK - 1, -1, num_stages=STAGES):
+            i = b * BLOCK + tl.arange(0, BLOCK)
+            z = logits(S, i, width, scale, cap, WHOLE, "evict_first")
+            g = tl.zeros([BLOCK], tl.float32) + even
+            if c is not None:
+                g += times(tl.exp2((z - m) * inv2) * r, c)
+            g *= inv2 / LOG2E
+            if LABEL is not None:
+                g += label_gradient(z, i, LABEL[0], LABEL[1], LABEL[2], LABEL[3])
+            put(G, i, g * slope(z, scale, cap) * factor, width, WHOLE)
 
 
 @triton.jit
@@ -174,7 +183,7 @@ def put_listed(
         g = (own + times(tl.exp2((z - m) * inv2) * r, c)) * (inv2 / LOG2E)
         if LABEL is not None:
             g += label_gradient(z, ids, LABEL[0], LABEL[1], LABEL[2], LABEL[3])
-        put(G, ids, g * slope(z, scale, cap) * factor, width)
+        put(G, ids, g * slope(z, scale, cap) * factor, width, False)
 
 
 @triton.jit
@@ -261,6 +270,7 @@ def sparse(
     k,
     KINDS: tl.constexpr,  # K
     TAIL: tl.constexpr,
+    ODD: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -281,7 +291,7 @@ def sparse(
     if factor == 0:
         tl.store(LOSS + row, 0.0)
         if G is not None:
-            put_zeros(G, s_width, BLOCK)
+            put_zeros(G, s_width, ODD, BLOCK)
     else:
         inv2 = LOG2E / tl.load(S_TEMPERATURE + row)
         BOTH: tl.constexpr = TAIL == "renormalize_both"
@@ -292,7 +302,7 @@ def sparse(
         m_hard, l_hard = LOWEST, 0.0
         if HARD or not BOTH:
             m_u, l_u, moved, m_hard, l_hard = row_sums(
-                *(S, s_width, s_scale, s_cap, inv2, LISTED, vocab, TAIL == "uniform", HARD, BLOCK, STAGES)
+                *(S, s_width, s_scale, s_cap, inv2, LISTED, vocab, TAIL == "uniform", HARD, ODD, BLOCK, STAGES)
             )
         m, total = m_u, l_u
         if TAIL != "drop":
@@ -332,7 +342,7 @@ def sparse(
         if G is not None:
             if BOTH:  # what is not listed has no part, and where nothing is listed there is no softmax
                 c_r, even = None, tl.where(count == 0, float("nan"), 0.0)
-            put_all(S, G, s_width, s_scale, s_cap, inv2, factor, m_r, r_r, c_r, even, label, vocab, BLOCK, STAGES)
+            put_all(S, G, s_width, s_scale, s_cap, inv2, factor, m_r, r_r, c_r, even, label, vocab, ODD, BLOCK, STAGES)
             tl.debug_barrier()  # what is listed is written over
             put_listed(
                 *(G, s_width, s_scale, s_cap, inv2, factor, m, 1 / total, -sum_h),

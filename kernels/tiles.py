@@ -56,10 +56,27 @@ def slope(z, scale, cap):
 
 
 @triton.jit
-def logits(X, i, width, scale, cap, EVICT: tl.constexpr):
-    """X [width] a row, i [BLOCK] columns -> z [BLOCK]; -inf past the width"""
-    x = tl.load(X + i, mask=i < width, other=0.0, eviction_policy=EVICT)
-    return tl.where(i < width, effective(x, scale, cap), -float("inf"))
+def columns(width, vocab, WHOLE: tl.constexpr, ODD: tl.constexpr, BLOCK: tl.constexpr):
+    """[first, end) of the tiles that lie within the width (WHOLE), or of those after them; not ODD: all are after
+
+    A mask at an odd width leaves no wide loads and stores, and only where the row ends is one needed.
+    """
+    first = 0
+    end = width // BLOCK * BLOCK if ODD else 0
+    if not WHOLE:
+        first, end = end, vocab
+    return first, end
+
+
+@triton.jit
+def logits(X, i, width, scale, cap, WHOLE: tl.constexpr, EVICT: tl.constexpr):
+    """X [width] a row, i [BLOCK] columns, all of them there if WHOLE -> z [BLOCK]; -inf past the width"""
+    if WHOLE:
+        z = effective(tl.load(X + i, eviction_policy=EVICT), scale, cap)
+    else:
+        x = tl.load(X + i, mask=i < width, other=0.0, eviction_policy=EVICT)
+        z = tl.where(i < width, effective(x, scale, cap), -float("inf"))
+    return z
 
 
 @triton.jit
@@ -81,17 +98,21 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def put(G, i, g, width):
-    """G [width] at i [BLOCK] = g, as far as G goes"""
-    tl.store(G + i, rounded(g, G.dtype.element_ty), mask=(i >= 0) & (i < width), eviction_policy="evict_first")
+def put(G, i, g, width, WHOLE: tl.constexpr):
+    """G [width] at i [BLOCK] = g, as far as G goes, which is all of it if WHOLE"""
+    if WHOLE:
+        tl.store(G + i, rounded(g, G.dtype.element_ty), eviction_policy="evict_first")
+    else:
+        tl.store(G + i, rounded(g, G.dtype.element_ty), mask=(i >= 0) & (i < width), eviction_policy="evict_first")
 
 
 @triton.jit
-def put_zeros(G, width, BLOCK: tl.constexpr):
+def put_zeros(G, width, ODD: tl.constexpr, BLOCK: tl.constexpr):
     """G [width] = 0"""
-    for v in range(0, width, BLOCK):
-        i = v + tl.arange(0, BLOCK)
-        put(G, i, tl.zeros([BLOCK], tl.float32), width)
+    for WHOLE in tl.static_range(1 + ODD):
+        first, end = columns(width, width, WHOLE, ODD, BLOCK)
+        for v in range(first, end, BLOCK):
+            put(G, v + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.float32), width, WHOLE)
 
 
 @triton.jit

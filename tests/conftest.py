@@ -1,5 +1,6 @@
 """What all tests share: the backends and instruction sets that serve on the tests' device, seeds, and the number of
-threads. FASTKD_TEST_DEVICE names the device (device.py)."""
+threads. FASTKD_TEST_DEVICE names the device (device.py), FASTKD_TEST_BACKENDS the backends, separated by commas, where
+not all that serve there are meant. --shard 2/8 runs every eighth test, from the second one on."""
 
 import os
 import zlib
@@ -37,7 +38,19 @@ MARKERS = (
 )
 
 
-SERVING = testing.serving(DEVICE)
+def chosen():
+    """The backends that serve, or those of FASTKD_TEST_BACKENDS: one of them that cannot serve is an error."""
+    serving = testing.serving(DEVICE)
+    text = "" if EMULATED else os.environ.get("FASTKD_TEST_BACKENDS", "")
+    asked = [name for name in text.split(",") if name]
+    if absent := [name for name in asked if name not in serving]:
+        raise pytest.UsageError(
+            f"FASTKD_TEST_BACKENDS names {', '.join(absent)}; on {DEVICE} there are {', '.join(serving)}"
+        )
+    return [name for name in serving if name in asked] if asked else serving
+
+
+SERVING = chosen()
 FUSED = [name for name in SERVING if BACKENDS[name].rows is not None]
 EXTENSION = extension()[0]
 ISAS = [] if EXTENSION is None else EXTENSION.isas()
@@ -45,7 +58,23 @@ ISAS = [] if EXTENSION is None else EXTENSION.isas()
 ENGINES = [e for name in FUSED for e in ([f"{name}-{isa}" for isa in ISAS] if name == "cpu" else [name])]
 
 
+configuration = None  # pytest's, for its hooks that do without
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shard", metavar="I/N", default="1/1", help="every N-th test alone, from the I-th on")
+    parser.addoption("--at-once", action="store_true", help="print a failure when it happens, too")
+
+
+def pytest_runtest_logreport(report):
+    if report.failed and configuration.getoption("--at-once"):
+        terminal = configuration.pluginmanager.get_plugin("terminalreporter")
+        terminal.write_line(f"\n{report.nodeid}, {report.when}\n{report.longreprtext}")
+
+
 def pytest_configure(config):
+    global configuration
+    configuration = config
     for line in MARKERS:
         config.addinivalue_line("markers", line)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))  # 2: rows are shared out among threads
@@ -65,6 +94,9 @@ def pytest_collection_modifyitems(config, items):
     """Leaves out what is not for the device, and says how much."""
     left_out = [item for item in items if _left_out(item)]
     items[:] = [item for item in items if not _left_out(item)]
+    shard, count = map(int, config.getoption("--shard").split("/"))
+    left_out += [item for i, item in enumerate(items) if i % count != shard - 1]
+    items[:] = items[shard - 1 :: count]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
 

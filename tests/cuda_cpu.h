@@ -273,6 +273,7 @@ void copy_wait() {
 
 inline int cluster_rank() { return (int)emulator::self().block; }
 inline void cluster_arrive() { emulator::self().arrived++; }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void cluster_wait() { emulator::wait_at(emulator::At::Cluster); }
 inline char* shared_memory() { return emulator::memory[emulator::self().block]; }
 template <class T>

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from emulated_listed import OTHERS, SPARSE, SUMS, source, sparse, sums
+from emulated_listed import OTHERS, SPARSE, SUMS, far_below, source, sparse, sums
 from emulated_rows import (
     BF16,
     F16,
@@ -69,6 +69,10 @@ def with_holes(s, t, a):
     s[4] += 1e4
     t[4] -= 1e4
     return s, t, a
+
+
+def masked(s, t, a):
+    return far_below(s), far_below(t), a
 
 
 def teacher_with_holes(s, t, a):
@@ -138,6 +142,18 @@ DENSE = {
         for name, d in CLOSED.items()
     },
     **{f"{name} with holes": {"terms": (d,), "edit": with_holes} for name, d in CLOSED.items()},
+    **{
+        f"{name} masked, T {temperature}, {dtypes[0]}": {
+            "terms": (d,),
+            "edit": masked,
+            "hard": True,
+            "dtypes": dtypes,
+            **{f"{side}_temperature": torch.full((N,), temperature) for side in "st"},
+        }
+        for name, d in CLOSED.items()
+        for temperature in (1.0, 2.0, 4.0)
+        for dtypes in ((F32, F32), (BF16, BF16))
+    },
     **{f"{name} with broken rows": {"terms": (d,), "edit": broken} for name, d in CLOSED.items()},
     **{f"{name} left out": {"terms": (d,), "edit": left_out, "hard": True} for name, d in CLOSED.items()},
     "a sum": {"terms": SUM},

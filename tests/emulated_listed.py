@@ -81,6 +81,17 @@ def sparse(
     differences(op, s, (t, a), *layout)
 
 
+def far_below(s):
+    """The second half at what stands for minus infinity, and one logit as large."""
+    half = s.shape[1] // 2
+    s[0, half:], s[1, half:], s[2, half:], s[4, 5] = -1e30, -1e10, torch.finfo(BF16).min, 1e30
+    return s
+
+
+def sparse_masked(s, t, a):
+    return far_below(s), t, a
+
+
 def far_apart(s, t, a):
     """Nearly all mass on what is listed: of the others some 1e-30 in one row, too little for float32 in another."""
     for row, gap in ((0, 70.0), (1, 120.0), (2, 1e4)):
@@ -106,6 +117,8 @@ def sparse_holes(s, t, a):
 def sparse_broken(s, t, a):
     s[0] = -INF if t.log_rest is None else NAN  # rows_torch gives entries that are not there 0 beside a NaN
     s[1, 7] = NAN
+    if t.tail == "renormalize_both":
+        s[4, 9] = INF  # with the others a loss of NaN, or of infinity in rows_torch
     s[2] = NAN
     return s, t, replace(a, factor=torch.tensor([1.0, 1.0, 0.0, 0.5, 0.7]))
 
@@ -142,10 +155,17 @@ SPARSE = {
         for tail, x in TAILS.items()
     },
     **{f"{tail} with holes": {"tail": tail, "terms": x, "edit": sparse_holes} for tail, x in TAILS.items()},
+    **{f"{tail} with broken rows": {"tail": tail, "terms": x, "edit": sparse_broken} for tail, x in TAILS.items()},
     **{
-        f"{tail} with broken rows": {"tail": tail, "terms": x, "edit": sparse_broken}
+        f"{tail} masked, T {temperature}": {
+            "tail": tail,
+            "terms": x,
+            "edit": sparse_masked,
+            "hard": True,
+            "s_temperature": torch.full((N,), temperature),
+        }
         for tail, x in TAILS.items()
-        if tail != "renormalize_both"
+        for temperature in (1.0, 4.0)
     },
     **{f"bucket by {d}": {"terms": (d,)} for d in SINGLE},
     "bucket by a sum": {"terms": SUM, "term_weights": some_weights(N, 1, 2, 1)},
@@ -209,7 +229,7 @@ def selected(s, n, vocab, k=7):
 
 def stats(module, s, g, side, vocab, temperature, *cotangents):
     lse, entropy, top, at = module.stats(s, g, side, vocab, temperature, None if g is None else cotangents)
-    return lse, entropy, top, at.double()
+    return lse, entropy, top, at.where(top == top, 0).double()  # any place of a NaN will do
 
 
 def numbers(s, n, vocab):
@@ -219,6 +239,7 @@ def numbers(s, n, vocab):
 def top(module, s, g, side, vocab, temperature, d_log_probs, d_tail):
     given = None if g is None else (d_log_probs, d_tail)
     log_probs, log_tail, ids = module.top(s, g, side, vocab, temperature, d_log_probs.shape[1], given)
+    log_tail = log_tail.where(log_probs[:, 0] == log_probs[:, 0], NAN)  # beside infinity a 0 or a NaN
     return log_probs, log_tail, ids.double()
 
 
@@ -234,8 +255,8 @@ def holes(s):
 
 
 def lost(s):
-    """all -inf, and a NaN"""
-    s[0] = -INF
+    """all -inf, a NaN, an infinity"""
+    s[0], s[1, 40], s[2, 50] = -INF, NAN, INF
     return s
 
 
@@ -253,7 +274,8 @@ LOGITS = {
     " in float16": {"dtype": F16, "layout": (8, VOCAB + 3)},
     " of a head": {"side": HEAD},
     " with holes": {"edit": holes},
-    " with a lost row": {"edit": lost},
+    " with lost rows": {"edit": lost},
+    " masked": {"edit": far_below},
     " of 9": {"vocab": 9},
     " of 515": {"vocab": 515},
 }
@@ -264,7 +286,6 @@ OTHERS = {
     **{
         f"top{name}": {"op": top, "extra": partial(of_top, k=min(5, x.get("vocab", 5))), **x}
         for name, x in LOGITS.items()
-        if name != " with a lost row"
     },
     **{
         f"top of {k} of equals, logit_scale {scale}": {
@@ -311,5 +332,5 @@ SUMS = {
     # less than a group; a block and a little; off the alignment
     for n, start in ((5, 0), (256 * 8 + 11, 0), (100, 3))
     for first in (True, False)
-    for p in (BF16, F32)
+    for p in (BF16, F32, F16)
 }

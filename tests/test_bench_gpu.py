@@ -2,8 +2,11 @@
 
 import copy
 import json
+import os
+import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,12 +15,15 @@ import torch
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 import gpu
 import gpu_checks
+import gpu_ops
 import gpu_report
 import gpu_times
 
 from fastkd import divergences, rows_cpu, testing
 from fastkd.bench import measure, memory
 from fastkd.bench.work import Case
+from fastkd.cases import OPS
+from fastkd.kernels import configs
 
 CPU = gpu_checks.At(torch.device("cpu"), small=True)
 ON_A_GPU = ("peak memory", "another device", "side stream", "no waiting", "cuda graphs")
@@ -76,6 +82,40 @@ def test_a_check_fails_where_the_row_op_is_wrong(how, caught_by, monkeypatch):
     monkeypatch.setattr(rows_cpu, "divergence", broken(how))
     found = gpu_checks.hold(caught_by, CPU)
     assert found["verdict"] == "failed" and found["note"].startswith("AssertionError: ")
+
+
+def test_a_sum_in_bfloat16_is_too_far_off(monkeypatch):
+    def rounded(high, low, part, first):
+        high.copy_(part if first else high + part)
+        low.zero_()
+
+    monkeypatch.setattr(rows_cpu, "accumulate", rounded)
+    found = gpu_checks.hold("sums over chunks", CPU)
+    assert found["verdict"] == "failed" and "off over 64 chunks" in found["note"]
+
+
+def test_vocabularies_of_whole_vectors():
+    """Divisible by 32, and several of the largest tile; every op of them is asked for in three dtypes."""
+    largest = max(c.block for row in configs.TABLE.values() for c in row.values())
+    assert all(v % 32 == 0 and v > 2 * largest for v in gpu_checks.WHOLE_VECTORS)
+    assert any(v % largest for v in gpu_checks.WHOLE_VECTORS)
+
+
+def test_checks_that_come_too_late_are_cut(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "checks.json"
+    names = ["once", "autocast", "compiled"]
+    argv = ["", "--device", "cpu", "--small", "--seconds", "0.5", "--json", str(file), "--only", *names]
+    monkeypatch.setattr(sys, "argv", argv)
+
+    def slow(at):
+        assert [r["verdict"] for r in json.loads(file.read_text()).values()] == ["cut"] * 3
+        time.sleep(0.6)
+        return "done"
+
+    monkeypatch.setitem(gpu_checks.CHECKS, "once", slow)
+    assert gpu_checks.main() == gpu.CUT
+    assert [r["verdict"] for r in json.loads(file.read_text()).values()] == ["passed", "cut", "cut"]
+    assert capsys.readouterr().out.splitlines()[-1] == "1 checks passed, 0 failed, 2 cut: autocast, compiled"
 
 
 def test_checks_are_written_as_they_come(tmp_path, monkeypatch, capsys):
@@ -158,6 +198,54 @@ def test_a_part_that_fails_or_comes_too_late_is_named(tmp_path, monkeypatch, cap
     assert "failed: gemms; cut for time: overlap" in capsys.readouterr().out
 
 
+def test_a_part_that_comes_too_late_is_the_status(monkeypatch):
+    argv = ["", "--device", "cpu", "--small", "--rounds", "1", "--seconds", "0", "--only", "gemms"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert gpu_times.main() == gpu.CUT
+
+
+@pytest.fixture
+def small_bench():
+    result = {"rows": [], "cases": {}, "cut": [], "failed": {}, "copy": {"gb_s": 10.0}}
+    return gpu_times.Bench(CPU, 1, time.monotonic() + 60, None, result)
+
+
+def test_row_ops_are_timed_without_the_host_and_losses_with_it(small_bench, monkeypatch):
+    asked = []
+    monkeypatch.setattr(measure, "elapsed", lambda run, device, kernels=False: asked.append(kernels) or 1.0)
+    for name, kernels in {"copy": True, "gemms": True, "rows": True, "sparse rows": True, "chunks": False}.items():
+        asked.clear()
+        gpu_times.PARTS[name](small_bench)
+        assert set(asked) == {kernels}, name
+
+
+def test_configurations_of_triton(small_bench, monkeypatch):
+    """Each is forced while the row op runs; one that cannot run says why."""
+    ran = []
+
+    def op():
+        ran.append(configs._forced.get())
+        if ran[-1].num_warps == 8:
+            raise RuntimeError("too much | memory")
+
+    monkeypatch.setattr(testing, "serving", lambda device: ["cpu", "triton"])
+    monkeypatch.setattr(gpu_times, "rows_of", {"triton": rows_cpu}.__getitem__)
+    monkeypatch.setattr(gpu_times, "row_op", lambda *args: op)
+    gpu_times.configurations(small_bench)
+    found = small_bench.result["configurations"]
+    assert set(ran) == set(gpu_times.CONFIGS) and configs._forced.get() is None
+    assert len(found["measured"]) == len(gpu_times.CONFIGS) - 1 >= 5 and found["failed"] == {
+        "4096, 8, 3": "RuntimeError: too much | memory"
+    }
+    n, _, v = gpu_times.SMALL
+    first = found["measured"]["8192, 32, 2"]
+    assert first["gb_s"] == pytest.approx(6 * n * v / first["ms"]["median"] / 1e6)
+    assert first["of_copy"] == pytest.approx(first["gb_s"] / 10)
+    found["measured"]["8192, 16, 2"]["ms"]["median"] = 0.0
+    line = gpu_report.experiments(small_bench.result)[0]
+    assert "(tile, warps, stages): (8192, 16, 2): 0 ms" in line and "(4096, 8, 3): RuntimeError: too much" in line
+
+
 class Clock:
     """CUDA's events, and what was done in between."""
 
@@ -188,6 +276,10 @@ def test_a_device_is_timed_by_its_events(monkeypatch):
     monkeypatch.setattr(measure, "synchronize", lambda device: clock.said.append("wait"))
     assert measure.elapsed(lambda: clock.said.append("run"), "cuda:0") == 7.0
     assert clock.said == ["wait", "record", "run", "record", "event waits"]
+    clock.said.clear()
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: clock.said.append("busy"))
+    measure.elapsed(lambda: clock.said.append("run"), "cuda:0", kernels=True)
+    assert clock.said == ["wait", "busy", "record", "run", "record", "event waits"]
 
 
 def test_memory_of_a_device_is_measured_where_it_is(monkeypatch):
@@ -319,6 +411,7 @@ def test_steps_go_on_after_each_other(steps, capsys):
         "none": gpu.Step(absent, 1, 0),
         "wrong": gpu.Step(lambda run: 1 / 0, 1, 0),
         "several": step("print('a')", "print('b')", together=True),
+        "late": step(f"raise SystemExit({gpu.CUT})"),
     }
     start = time.monotonic()
     status, result, out = steps(table)
@@ -328,9 +421,85 @@ def test_steps_go_on_after_each_other(steps, capsys):
     assert found["slow"][0] == "cut" and found["slow"][1].startswith("1 of 1 commands cut")
     assert found["wrong"] == ("failed", "ZeroDivisionError: division by zero")
     assert found["none"] == ("absent", "there is none") and found["several"] == ("passed", "a; b")
+    assert found["late"][0] == "cut"
     log, printed = (out / "gpu.log").read_text(), capsys.readouterr().out
     assert all(word in log for word in ("one", "before", "begun"))
-    assert "failed  bad" in printed and printed.rstrip().splitlines()[-1] == "passed  several: a; b"
+    assert "failed  bad" in printed and printed.rstrip().splitlines()[-2] == "passed  several: a; b"
+
+
+def test_what_is_cut_may_say_what_it_has_found(steps, monkeypatch):
+    """It is interrupted, with what it has started; one that goes on all the same is killed."""
+    monkeypatch.setattr(gpu, "GRACE", 2)
+    said = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('3 failed')"
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('on', flush=True); time.sleep(60)"
+    start = time.monotonic()
+    result = steps({"said": step(said, limit=2.0), "deaf": step(deaf, limit=2.0)})[1]
+    assert time.monotonic() - start < 20
+    assert result["steps"]["said"]["verdict"] == "cut" and result["steps"]["said"]["note"].endswith("; 3 failed")
+    assert result["steps"]["deaf"]["verdict"] == "cut" and result["steps"]["deaf"]["note"].endswith("; on")
+
+
+@pytest.mark.parametrize(
+    ("notes", "one"),
+    [
+        (["3 passed, 9 deselected in 1.2s", "1 failed, 2 passed in 3.1s"], "5 passed, 1 failed in 2 processes"),
+        (["3 checks passed, 0 failed", "1 checks passed, 0 failed"], "4 checks passed, 0 failed in 2 processes"),
+        (["3 checks passed, 0 failed", "1 checks passed, 1 failed: once"], None),
+        (["release 13.0", "release 12.8"], None),
+        (["7 parts"], None),
+        (["same", "same"], "same"),
+        ([], ""),
+    ],
+)
+def test_notes_of_many_processes(notes, one):
+    assert gpu.summed(notes) == ("; ".join(notes) if one is None else one)
+
+
+def test_what_goes_into_the_documents(monkeypatch, tmp_path, result):
+    """Nothing before the end, and nothing without times."""
+    stored, before = tmp_path / "results", tmp_path / "before"
+    stored.mkdir()
+    (stored / "nvidia-x.json").write_text("{}")
+    look = f"import shutil; shutil.copy({str(stored / 'nvidia-x.json')!r}, {str(before)!r})"
+    put = "import sys; open(sys.argv[1], 'w').write(sys.argv[2])"
+    monkeypatch.setattr(gpu, "gpu_is_there", lambda: True)
+    monkeypatch.setattr(gpu, "RESULTS", stored)
+    monkeypatch.setattr(gpu, "describe", lambda run, commit: {**result["machine"], "name": "NVIDIA X"})
+    monkeypatch.setattr(sys, "argv", ["", "--out", str(tmp_path)])
+    monkeypatch.setattr(gpu, "STEPS", {"facts": step("print(1)"), "last": step(look)})
+    assert gpu.main() == 0 and (stored / "nvidia-x.json").read_text() == before.read_text() == "{}"
+
+    def times(run):
+        return [[sys.executable, "-c", put, str(run.out / "times.json"), json.dumps(result)]]
+
+    monkeypatch.setattr(gpu, "STEPS", {"times": gpu.Step(times, 20, 0), "last": step(look)})
+    assert gpu.main() == 0 and before.read_text() == "{}"
+    assert json.loads((stored / "nvidia-x.json").read_text())["times"] == result
+
+
+TESTS = """
+import pytest
+@pytest.mark.parametrize("i", range(4))
+def test_one(i, any_backend):
+    assert i > 0, f"seen {any_backend}"
+"""
+
+
+def test_shards_are_all_tests_and_failures_are_seen_at_once(tmp_path):
+    """On the backends asked for; the order is the one of the tests."""
+    (tmp_path / "test_it.py").write_text(TESTS)
+    here = Path(__file__).parent
+    env = {**os.environ, "PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "FASTKD_TEST_BACKENDS": "torch"}
+    words = ["-p", "conftest", "-p", "no:cacheprovider", "-v", "--rootdir", str(tmp_path), "--at-once"]
+    ran = []
+    for shard in ("1/2", "2/2"):
+        command = [sys.executable, "-m", "pytest", *words, "--shard", shard, "test_it.py"]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        early = done.stdout.split("= FAILURES =")[0]
+        ran.append([i for i in range(4) if f"[torch-{i}]" in early or f"[{i}-torch]" in early])
+        assert done.returncode == (1 if shard == "1/2" else 0), done.stdout + done.stderr
+        assert ("AssertionError: seen torch" in early) == (shard == "1/2")
+    assert ran == [[0, 2], [1, 3]]
 
 
 def test_steps_are_cut_for_those_that_must_follow(steps):
@@ -368,14 +537,29 @@ def test_steps_side_by_side_only_where_there_are_processors(monkeypatch):
 
 def test_the_commands_of_each_step(tmp_path, monkeypatch):
     """On a GPU: all that is promised, for the device's backends; the sum of what must be kept fits into the time."""
-    run = gpu.Run("cuda", False, tmp_path)
+    run = gpu.Run("cuda", False, tmp_path, seconds=100)
     monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(gpu, "HALF", 8)
     commands = {name: [" ".join(c) for c in s.commands(run)] for name, s in gpu.STEPS.items()}
-    assert gpu.STEPS["suite"].env(run)["FASTKD_TEST_DEVICE"] == "cuda"
-    assert "--device cuda --backend cuda triton" in commands["validate"][0] and "--quick" in commands["validate"][0]
+    for name, tests in (("suite", "pytest tests -q"), ("triton", "pytest tests/triton_cases.py -q")):
+        assert gpu.STEPS[name].env(run)["FASTKD_TEST_DEVICE"] == "cuda" and gpu.STEPS[name].together
+        assert [c.split()[-1] for c in commands[name]] == [f"{i}/8" for i in range(1, 9)]
+        assert all(tests in c and "--at-once" in c for c in commands[name])
+    assert gpu.STEPS["suite"].env(run)["FASTKD_TEST_BACKENDS"] == "cuda,torch,reference"
+    for name in ("validate", "whole"):
+        found = [
+            (op, dtype, c.split()[-1])
+            for c in commands[name]
+            for dtype in gpu.DTYPES
+            for op in OPS
+            if f" {op} " in c and f"--dtype {dtype}" in c
+        ]
+        assert sorted(found) == sorted(product(OPS, gpu.DTYPES, ("cuda", "triton")))
+        assert all(("--quick" in c) == (name == "validate") for c in commands[name])
     assert [c.split()[2] for c in commands["sanitize"]] == ["memcheck", "racecheck", "initcheck", "synccheck"]
-    assert all("--quick" not in c for c in commands["whole"])
-    assert sum(s.keep for s in gpu.STEPS.values()) < 8.5 * 60
+    assert sorted(name for names in gpu.CHECKS for name in names) == sorted(gpu_checks.CHECKS)
+    assert all("--seconds 85" in c for name in ("checks", "times") for c in commands[name])
+    assert gpu.CUT == gpu_ops.CUT and sum(s.keep for s in gpu.STEPS.values()) < 8.5 * 60 - gpu.GRACE
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

@@ -16,7 +16,7 @@ from emulated_rows import SUM, hold, rows, wide
 
 import fastkd
 from fastkd import divergences as D
-from fastkd import rows_cuda, rows_torch, testing
+from fastkd import rows_cpu, rows_cuda, rows_torch, testing
 from fastkd.cases import OPS
 from fastkd.problem import Side
 
@@ -46,11 +46,13 @@ def cuda(request, monkeypatch):
 # ---- values ----
 
 
-@pytest.mark.parametrize("cluster", CLUSTERS)
-@pytest.mark.parametrize("case", CASES)
+ONE_WAY = ("stats", "sum")  # no cluster shares their rows
+
+
+@pytest.mark.parametrize(
+    ("case", "cluster"), [(case, c) for case in CASES for c in (CLUSTERS[:1] if case.startswith(ONE_WAY) else CLUSTERS)]
+)
 def test_row_op(module, monkeypatch, case, cluster):
-    if cluster and case.startswith(("stats", "sum")):
-        cluster = 0  # these have one way only
     monkeypatch.setattr(rows_cuda, "CLUSTER", cluster)
     CASES[case](case)
 
@@ -93,17 +95,54 @@ def test_a_row_without_outcomes(module, monkeypatch, cluster):
     assert loss.isnan().tolist() == g.isnan().any(-1).tolist() == [False, True, True, False]
 
 
-def test_ids_beyond_the_vocabulary_are_not_followed(module):
-    """No one has looked at them: NaN, in that row alone."""
-    s, g = torch.randn(3, 50), torch.empty(3, 50)
-    ids = torch.tensor([[1, 2], [3, 50], [-7, 4]])
-    out = rows_cuda.select(s, None, Side(), 50, torch.ones(3), ids, None)
-    assert out.isnan().tolist() == [[False, False], [False, True], [True, False]]
-    a = rows(3, 50, [D.CrossEntropy()], labels=torch.tensor([0, 2**40, -5]), label_weight=torch.ones(3))
-    assert rows_cuda.divergence(s, s.clone(), g, a).isnan().tolist() == [False, True, True]
-    t = listed("bucket", 3, 50, 4)
-    t.ids[1, 2] = 2**33
-    assert rows_cuda.sparse(s, t, g, rows(3, 50, [D.ForwardKL()])).isnan().tolist() == [False, True, False]
+def lost_rows(loss, g):
+    """Which rows are NaN: the loss, and the gradient throughout; the others are finite."""
+    assert loss.isnan().tolist() == g.isnan().all(-1).tolist() == (~g.isfinite()).any(-1).tolist()
+    return loss.isnan().tolist()
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_ids_beyond_the_vocabulary_are_not_followed(module, monkeypatch, cluster):
+    """No one has looked at them: NaN, in that row alone, and where an entry has no mass too."""
+    monkeypatch.setattr(rows_cuda, "CLUSTER", cluster)
+    s, g = torch.randn(4, 50), torch.empty(4, 50)
+    s[:, 20:30] = -torch.inf
+    ids = torch.tensor([[1, 2], [3, 50], [-7, 4], [-1, 5]])
+    for given in (None, torch.ones(4, 2)):
+        out = rows_cuda.select(s, g, Side(), 50, torch.ones(4), ids, given)
+        assert out.isnan().tolist() == [[False, False], [False, True], [True, False], [True, False]]
+    assert lost_rows(out.sum(-1).where(ids.ge(0).all(-1) | ids.lt(-1).any(-1), 0), g) == [False, True, True, False]
+    labels = {"labels": torch.tensor([0, 2**40, -5, 9]), "label_weight": torch.ones(4)}
+    for terms in ([D.CrossEntropy()], [D.ReverseKL()], [D.SkewKL(0.3)]):
+        assert lost_rows(rows_cuda.divergence(s, s.clone(), g, rows(4, 50, terms, **labels)), g) == [0, 1, 1, 0]
+    for tail in ("bucket", "renormalize", "renormalize_both", "uniform", "drop"):
+        a, t = rows(4, 50, [D.CrossEntropy()]), listed(tail, 4, 20, 4)
+        assert lost_rows(rows_cuda.sparse(s, t, g, rows(4, 50, [D.CrossEntropy()], **labels)), g) == [0, 1, 1, 0]
+        t.ids[1, 0], t.ids[1, 2], t.ids[3, 0] = 25, 2**33, -2
+        assert lost_rows(rows_cuda.sparse(s, t, g, a), g) == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_broken_teacher_where_the_student_has_no_mass(module, monkeypatch, cluster, bad):
+    """The whole row is NaN, by reverse KL too, whose sums leave that entry out."""
+    monkeypatch.setattr(rows_cuda, "CLUSTER", cluster)
+    s, t, g = torch.randn(2, 100), torch.randn(2, 100), torch.empty(2, 100)
+    s[0, 7], t[0, 7] = -torch.inf, bad
+    for term in (D.ForwardKL(), D.ReverseKL(), D.CrossEntropy()):
+        assert lost_rows(rows_cuda.divergence(s, t, g, rows(2, 100, [term])), g) == [True, False]
+
+
+@pytest.mark.parametrize("where", [slice(None), slice(3, 4)])
+@pytest.mark.parametrize("bad", [-torch.inf, torch.nan, torch.inf])
+def test_the_largest_of_a_lost_row(module, bad, where):
+    """Its place is the C++ backend's."""
+    s = torch.randn(2, 40)
+    s[0, where] = bad
+    cuda, cpu = (m.stats(s, None, Side(), 40, torch.ones(2), None) for m in (rows_cuda, rows_cpu))
+    assert cuda[3].tolist() == cpu[3].tolist()
+    for x, y in zip(cuda[1:3], cpu[1:3], strict=True):
+        torch.testing.assert_close(x, y, equal_nan=True)
 
 
 def test_nan_ranks_first_and_equals_by_id(module):
@@ -161,6 +200,32 @@ def test_no_more_than_k_are_written(module, k):
     expected = sorted(range(100), key=lambda i: (i + 1) % 2)[:k]
     assert ids[:k].tolist() == sorted(expected) and values[:k].tolist() == [float(i % 2) for i in sorted(expected)]
     assert (values[k:] == 77).all() and (ids[k:] == 77).all()
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_wholly_at_the_lowest_number(module, monkeypatch, dtype, cluster):
+    """Equal logits are equal logits, however low: bit for bit what 0 throughout gives."""
+    monkeypatch.setattr(rows_cuda, "CLUSTER", cluster)
+    zero, t, ones = torch.zeros(3, 200, dtype=dtype), torch.randn(3, 200).to(dtype), torch.tensor([0.5, 1.0, 4.0])
+    given, of_stats = (torch.randn(3, 5), torch.randn(3)), tuple(torch.randn(3, 3))
+    ids, labels = torch.randint(200, (3, 5)), {"labels": torch.tensor([0, 9, 99]), "label_weight": torch.ones(3)}
+    a = [rows(3, 200, x, s_temperature=ones, **labels) for x in ([D.ForwardKL()], [D.ReverseKL()], SUM)]
+    few = [listed(tail, 3, 200, 9) for tail in ("bucket", "renormalize_both", "uniform", "drop")]
+
+    def outputs(s):
+        g = [torch.empty_like(s) for _ in range(2 * len(a) + len(few) + 3)]
+        at = iter(g)
+        made = [rows_cuda.divergence(s, t, next(at), x) for x in a]
+        made += [rows_cuda.divergence(t, s, next(at), x) for x in a]
+        made += [rows_cuda.sparse(s, x, next(at), a[0]) for x in few]
+        made += rows_cuda.top(s, next(at), Side(), 200, ones, 5, given)
+        made += rows_cuda.stats(s, next(at), Side(), 200, ones, of_stats)[1:]
+        return [*made, rows_cuda.select(s, next(at), Side(), 200, ones, ids, given[0]), *g]
+
+    for low in {torch.finfo(torch.bfloat16).min, torch.finfo(dtype).min, -1e30}:
+        for x, y in zip(outputs(zero), outputs(torch.full_like(zero, low)), strict=True):
+            assert torch.equal(x, y) and x.isfinite().all()
 
 
 # ---- launches ----
@@ -231,6 +296,14 @@ def test_a_float32_sum(module):
     assert (high == 1.5).all()
     rows_cuda.accumulate(high, None, part, True)
     assert (high == 0.5).all()
+
+
+def test_a_part_of_another_dtype(module):
+    high, low = torch.ones(2, 3).bfloat16(), torch.zeros(2, 3, dtype=torch.uint8)
+    with pytest.raises(TypeError, match=r"part must be float32, bfloat16 or float16, got torch\.float64"):
+        rows_cuda.accumulate(high, low, torch.ones(2, 3).double(), True)
+    with pytest.raises(ValueError, match="part must be float32, bfloat16 or float16, got the dtype 3"):
+        module.accumulate((0, 0, 0), high.data_ptr(), low.data_ptr(), high.data_ptr(), 3, 6, True)
 
 
 def test_serves_where_it_is_asked_for(module):
@@ -308,6 +381,7 @@ def test_the_report_of_spills():
     assert (spilling.architecture, spilling.registers, spilling.shared) == ("sm_90a", 64, 400)
     assert (spilling.stack, spilling.spilled, spilling.local) == (72, 56, 72)
     assert not spilling.ok and fine.ok
+    assert (spilling.threads, fine.threads) == (1024, 2048)
     assert (fine.architecture, fine.registers, fine.local) == ("sm_80", 18, 0)
     assert ptxas["readable"](spilling.name) == "divergence bf16 any general staged"
     assert ptxas["readable"](fine.name) == "round"

@@ -29,6 +29,7 @@ LIMITS = {2: 0.05, 4: 0.01, 8: 0.01}  # bytes of the dtype -> relative error
 REFERENCE_WORK = 2**36  # tokens x vocabulary x hidden of the largest float64 reference: about ten seconds on two cores
 REFERENCE_CHUNK = 2**23  # logits of the reference that are alive at a time
 SMALLEST_HIDDEN = 64
+BUSY = 400_000  # cycles of a CUDA device: about 200 us, longer than a row op takes to launch
 BASELINES = ("naive", "naive fp32", "compiled")
 
 
@@ -100,8 +101,9 @@ def synchronize(device: torch.device | str) -> None:
         torch.accelerator.synchronize(torch.device(device))
 
 
-def elapsed(run: Run, device: torch.device | str = "cpu") -> float:
-    """Milliseconds of one run, which finds the device idle: by events of CUDA's, else by the clock."""
+def elapsed(run: Run, device: torch.device | str = "cpu", kernels: bool = False) -> float:
+    """Milliseconds of one run, which finds the device idle: by events of CUDA's, else by the clock. ``kernels``: CUDA's
+    kernels alone, launched while the device is kept busy; otherwise what the host does before the first one counts."""
     synchronize(device)
     if torch.device(device).type != "cuda":
         start = time.perf_counter()
@@ -110,6 +112,8 @@ def elapsed(run: Run, device: torch.device | str = "cpu") -> float:
         return 1000 * (time.perf_counter() - start)
     with torch.cuda.device(device):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if kernels:
+            torch.cuda._sleep(BUSY)
         begin.record()
         run()
         end.record()
@@ -129,14 +133,15 @@ def times(
     rounds: int,
     device: torch.device | str = "cpu",
     failed: Callable[[str, Exception], None] | None = None,
+    kernels: bool = False,
 ) -> Iterator[dict[str, list[float]]]:
     """Milliseconds of each, after every round. They take turns, so that all see the same machine; the first round warms
-    up and is not counted. One that raises is left out from then on, and `failed` is told."""
+    up and is not counted. One that raises is left out from then on, and `failed` is told. ``kernels``: see elapsed."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for counted in range(-1, rounds):
         for name in list(taken):
             try:
-                one = elapsed(runs[name], device)
+                one = elapsed(runs[name], device, kernels)
             except Exception as error:
                 if failed is None:
                     raise
@@ -148,9 +153,11 @@ def times(
         yield taken
 
 
-def median_times(runs: dict[str, Run], rounds: int, device: torch.device | str = "cpu") -> dict[str, Any]:
+def median_times(
+    runs: dict[str, Run], rounds: int, device: torch.device | str = "cpu", kernels: bool = False
+) -> dict[str, Any]:
     """The summaries after all rounds."""
-    *_, taken = times(runs, rounds, device)
+    *_, taken = times(runs, rounds, device, kernels=kernels)
     return {name: summary(values) for name, values in taken.items()}
 
 
