@@ -206,7 +206,7 @@ STEPS: dict[str, Step] = {
 
 
 @dataclass
-class Session:
+class Course:
     """A run under way: its deadline, and its log."""
 
     run: Run
@@ -369,6 +369,7 @@ def main() -> int:
     parser.add_argument("--commit", help="what the result says where the tree has no git")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, and so would the steps
     if args.device.startswith("cuda") and not gpu_is_there():
         print("torch finds no CUDA device: nothing was run, nothing is claimed")
         return 1
@@ -380,14 +381,14 @@ def main() -> int:
     stored = run.cuda and not run.small and names == list(STEPS)
     result: dict[str, Any] = {"machine": None, "steps": {}}
     with (run.out / "gpu.log").open("w") as log:
-        session = Session(run, time.monotonic() + 60 * args.minutes - GRACE, log)
+        course = Course(run, time.monotonic() + 60 * args.minutes - GRACE, log)
         order = stages(names)
         for i, stage in enumerate(order):
             # those of a stage run at once
             kept = sum(max(STEPS[name].keep for name in later) for later in order[i + 1 :])
-            seconds = session.left() - kept
+            seconds = course.left() - kept
             with ThreadPoolExecutor(len(stage)) as pool:
-                found = pool.map(lambda name, seconds=seconds: session.step(name, seconds), stage)
+                found = pool.map(lambda name, seconds=seconds: course.step(name, seconds), stage)
                 result["steps"].update(zip(stage, found))
             result["machine"] = result["machine"] or (describe(run, args.commit) if stage != ["build"] else None)
             if result["machine"]:

@@ -3,6 +3,7 @@ threads. FASTKD_TEST_DEVICE names the device (device.py), FASTKD_TEST_BACKENDS t
 not all that serve there are meant. --shard 2/8 runs every eighth test, from the second one on."""
 
 import os
+import signal
 import zlib
 
 import pytest
@@ -78,6 +79,8 @@ def pytest_configure(config):
     for line in MARKERS:
         config.addinivalue_line("markers", line)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))  # 2: rows are shared out among threads
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell, and in all that is started
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header(config):
