@@ -157,7 +157,7 @@ def test_for_people(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     assert cli.main(["plan", "--model", "llama-3-8b", "--tokens", "8192", "--memory", "80GiB", "--device", "cuda"]) == 0
     out = capsys.readouterr().out
-    assert "llama-3-8b" in out and "fused (torch)" in out and "13.70 GiB" in out  # 7 * 8192 * 128256 * 2 bytes
+    assert "llama-3-8b" in out and "fused (cuda)" in out and "13.70 GiB" in out  # 7 * 8192 * 128256 * 2 bytes
     assert "fit into 80.00 GiB of cuda memory" in out
 
 
