@@ -178,8 +178,10 @@ def test_log_weights_are_used_as_they_are(kind):
 
 
 @pytest.mark.parametrize(
-    "v_s, v_t", [(THREE, 2 * TILE + 1), (2 * TILE + 1, THREE), (TILE, 2 * TILE)]
-)  # a part of a tile, and whole tiles
+    "v_s, v_t",
+    # a part of a tile, a tile and a part, whole tiles
+    [(THREE, 2 * TILE + 1), (2 * TILE + 1, THREE), (THREE, TILE + 9), (TILE + 9, THREE), (TILE, 2 * TILE)],
+)
 def test_a_smaller_vocabulary_counts_as_missing(v_s, v_t):
     vocab = max(v_s, v_t)
     kind = "jensen_shannon" if v_s < v_t else "forward_kl"
