@@ -3,6 +3,7 @@
 results/cpu-goals.json    bench/goals.py --only dense           README.md, goals
 results/sparse-goals.json bench/goals.py --only sparse          README.md, sparse
 results/attention-goals.json     bench/goals.py --only attention   README.md, attention
+results/few-step.json     bench/goals.py --only few-step        README.md, few-step; bench/README.md, few-step-losses
 results/attention-accuracy.json  bench/attention_accuracy.py       bench/README.md, attention-accuracy
 results/cache.json        bench/cache.py                        README.md, sparse
 results/demo*.json        copies of what `make demo` writes     README.md, demo, demo-cached, demo-on-policy
@@ -20,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import attention_report
+import few_step_report
 import gpu_report
 
-from fastkd import demo_cached_report, demo_on_policy
+from fastkd import demo_cached_report, demo_images_report, demo_on_policy
 from fastkd.bench import plots, report
 from fastkd.machine import line
 
@@ -32,6 +34,7 @@ GOALS, DEMO, GRID = RESULTS / "cpu-goals.json", RESULTS / "demo.json", RESULTS /
 SPARSE, CACHE = RESULTS / "sparse-goals.json", RESULTS / "cache.json"
 POINTWISE = RESULTS / "pointwise.json"
 ATTENTION, ACCURACY = RESULTS / "attention-goals.json", RESULTS / "attention-accuracy.json"
+FEW_STEP = RESULTS / "few-step.json"
 PLOTS = "cpu-grid-"  # what the names of the grid's plots begin with
 
 Result = dict[str, Any]
@@ -265,11 +268,14 @@ BLOCKS: dict[tuple[Path, str], tuple[Path, Callable[[Result], str]]] = {
     (ROOT / "README.md", "goals"): (GOALS, goals_table),
     (ROOT / "README.md", "sparse"): (SPARSE, sparse_table),
     (ROOT / "README.md", "attention"): (ATTENTION, attention_report.goals_table),
+    (ROOT / "README.md", "few-step"): (FEW_STEP, few_step_report.goals_table),
+    (ROOT / "README.md", "demo-images"): (RESULTS / "demo-images.json", demo_images_report.markdown),
     (ROOT / "README.md", "demo"): (DEMO, demo_table),
     (ROOT / "README.md", "demo-cached"): (RESULTS / "demo-cached.json", demo_cached_report.markdown),
     (ROOT / "README.md", "demo-on-policy"): (RESULTS / "demo-on-policy.json", demo_on_policy.markdown),
     (ROOT / "bench" / "README.md", "grid"): (GRID, grid_tables),
     (ROOT / "bench" / "README.md", "attention-accuracy"): (ACCURACY, attention_report.accuracy_table),
+    (ROOT / "bench" / "README.md", "few-step-losses"): (FEW_STEP, few_step_report.losses_table),
     (ROOT / "bench" / "README.md", "pointwise"): (POINTWISE, pointwise_table),
     (ROOT / "bench" / "README.md", "gpu"): (RESULTS / "nvidia-*.json", gpu_report.markdown),
 }

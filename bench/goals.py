@@ -5,6 +5,7 @@ python bench/goals.py                    measures for about 45 minutes, writes i
 python bench/goals.py --only dense       two heads, logits, divergences, memory: bench/results/cpu-goals.json
 python bench/goals.py --only sparse      five minutes: listed teachers, bench/results/sparse-goals.json
 python bench/goals.py --only attention   twenty minutes: attention with a tangent, bench/results/attention-goals.json
+python bench/goals.py --only few-step    ten minutes: few-step generators, bench/results/few-step.json
 
 Cases, variants, clock and memory are those of `fastkd bench`, for attention those of attention.py.
 """
@@ -21,6 +22,7 @@ from typing import Any
 
 import attention_goals
 import docs
+import few_step
 from row_op import row_op
 
 from fastkd import divergences, machine, rows_cpu
@@ -78,10 +80,16 @@ def measure_attention(rounds: int) -> None:
     attention_goals.measure(docs.ATTENTION, max(round(0.6 * rounds), 2), say)
 
 
+def measure_few_step(rounds: int) -> None:
+    """Losses of few-step generators, and a training step."""
+    few_step.measure(docs.FEW_STEP, 2 * rounds, say)
+
+
 PARTS: dict[str, Callable[[int], None]] = {
     "dense": measure_dense,
     "sparse": measure_sparse,
     "attention": measure_attention,
+    "few-step": measure_few_step,
 }
 
 

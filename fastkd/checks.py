@@ -60,7 +60,7 @@ def finite_number(name: str, value: Any, *, above: float = -math.inf) -> float:
     """The value, if it is a finite number above a bound."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and value > above):
+    if not (-math.inf < value < math.inf and value > above):  # torch.compile traces these, not math.isfinite
         raise ValueError(f"{name} must be finite{f' and above {above:g}' if above > -math.inf else ''}, got {value}")
     return float(value)
 

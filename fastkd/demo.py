@@ -13,6 +13,11 @@ Two more ways to learn, each with files of its own:
     --teacher cached   the teacher's top-k is stored first; a student for every K and tail, beside one from the teacher
                        itself: what a cache takes, what it costs in quality, and which tail to use (13 minutes)
     --on-policy        the student learns from its own samples by reverse KL, exact and beside its estimates k1, k2, k3
+
+And one without a language model:
+
+    --images           a transformer learns to draw digits, and students of one and two steps learn it by sCM, MeanFlow
+                       and DMD: pictures, and a training step beside torch's attention (MINUTES minutes)
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ from typing import Any
 import torch
 
 from fastkd import demo_assets as assets
-from fastkd import demo_cached, demo_cached_report, demo_on_policy, demo_report
+from fastkd import demo_cached, demo_cached_report, demo_images, demo_images_report, demo_on_policy, demo_report
 from fastkd import demo_distill as distill
 from fastkd.demo_assets import DemoError
 from fastkd.demo_distill import Task
@@ -41,6 +46,7 @@ SIZES = {  # where the options say nothing
     "live": {"steps": 24, "batch": 4, "seq": 256, "held_out": 4096},
     "cached": {"steps": 20, "batch": 2, "seq": 256, "held_out": 2048},  # many students
     "on-policy": {"steps": 6, "batch": 8, "seq": 128, "held_out": 2048},  # samples come a token at a time
+    "images": {"steps": 300, "batch": 128},
 }
 
 
@@ -51,9 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--teacher", choices=("live", "cached"), default="live", help="as the student learns, or stored before"
     )
     way.add_argument("--on-policy", action="store_true", help="on the student's own samples")
+    way.add_argument("--images", action="store_true", help="a generator of digits instead of a language model")
 
     def by_way(size: str) -> str:
-        return ", ".join(f"{way}: {sizes[size]}" for way, sizes in SIZES.items())
+        return ", ".join(f"{way}: {sizes[size]}" for way, sizes in SIZES.items() if size in sizes)
 
     def sized(name: str, what: str) -> None:
         parser.add_argument(
@@ -83,8 +90,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the demo; 0, or 2 after one line about what is missing."""
     start = time.perf_counter()
+    if way_of(args) == "images":
+        return run_images(args, start)
     try:
-        assets.check_libraries(*(("pyarrow",) if way_of(args) == "cached" else ()))
+        assets.check_libraries(*assets.LIBRARIES, *(("pyarrow",) if way_of(args) == "cached" else ()))
         file = assets.find_model()
         with progress() as stage:
             loaded = stage("load the teacher", 1)
@@ -100,9 +109,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_images(args: argparse.Namespace, start: float) -> int:
+    """The way without a language model."""
+    try:
+        assets.check_libraries(*assets.IMAGE_LIBRARIES)
+    except DemoError as error:
+        print(f"fastkd demo: {error}", file=sys.stderr)
+        return 2
+    with progress() as stage:
+        result, shown = demo_images.draw(argparse.Namespace(**(SIZES["images"] | vars(args))), stage)
+    demo_images_report.write(result | {"seconds": time.perf_counter() - start}, shown, args.out)
+    return 0
+
+
 def way_of(args: argparse.Namespace) -> str:
     """The key of SIZES."""
-    return "on-policy" if args.on_policy else args.teacher
+    return "images" if args.images else "on-policy" if args.on_policy else args.teacher
 
 
 def distil(teacher: Any, tokenizer: Any, topics: Mapping[str, str], args: argparse.Namespace, stage: Stage) -> Result:

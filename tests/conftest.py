@@ -21,6 +21,7 @@ ON_CPU = {
     "test_cli": "the command line",
     "test_cuda": "the CUDA kernels without a GPU",
     "test_demo": "the demo runs on the CPU",
+    "test_diffus": "functions of plain tensors; test_few_step holds them against their truth on the device",
     "test_docs": "documents",
     "test_fsdp": "processes that share the CPU",
     "test_gpu_driver": "what the driver does for a GPU, shown without one",

@@ -281,7 +281,7 @@ MUTANTS = {
     ),
     "attention: maximum of -inf": (FORWARD, "tl.full([BLOCK_M], LOWEST", "tl.full([BLOCK_M], -float('inf')"),
     "attention: NaN where nobody looks": (FORWARD, "there = first < last", "there = first <= last"),
-    "attention: scale dropped": (SCORES, "z * scale if th", "z if th"),
+    "attention: scale dropped": (SCORES, "z * (scale * unit) if th", "z * unit if th"),
     "attention: scale dropped from the tangent": (SCORES, "ts = tz * scale if th", "ts = tz if th"),
     "attention: softcap dropped": (SCORES, "th = tanh(z * (scale / cap))", "th = z * (scale / cap)"),
     "attention: slope of the softcap dropped from the tangent": (

@@ -1,0 +1,1 @@
+"""fastkd inside other libraries."""
