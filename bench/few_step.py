@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,6 @@ from fastkd.machine import PeakMemory
 from fastkd.terminal import write_json
 
 SHAPE = (16, 16, 256, 256)  # 64 MiB in float32
-COUNTED = (16, 4, 16, 16)  # where bytes are counted
 SIDES = {"fastkd": (32, 64, 128), "math": (32, 64)}  # of pictures; at 4,096 tokens the math path's scores do not fit
 TIMED = 64
 PICTURES = 2
@@ -81,8 +81,7 @@ def measure(file: Path, rounds: int, say: Callable[[str], None]) -> Record:
     result: Record = {"machine": machine.describe(), "shape": SHAPE, "rounds": rounds, "losses": {}}
     for name, (loss, count) in LOSSES.items():
         say(f"few-step: {name}")
-        result["losses"][name] = {"inputs": abs(count), "moved": moved(loss, count)}
-        result["losses"][name]["ms"] = timed(loss, count, rounds)
+        result["losses"][name] = {"inputs": abs(count)} | measured(loss, count, rounds)
         write_json(file, result)
     say("few-step: a step of sCM")
     runs: dict[str, Run] = {way: demo_images.step_of(way, TIMED, PICTURES) for way in demo_images.WAYS}
@@ -98,43 +97,42 @@ def measure(file: Path, rounds: int, say: Callable[[str], None]) -> Record:
 # --- losses ----------------------------------------------------------------------------------------------------------
 
 
-def moved(loss: Loss, count: int) -> Record:
-    """Bytes that the kernels of the compiled loss read and write over those of the inputs: of the value alone, of the
-    value with what its backward needs, and with the backward."""
-    log, found = compile_fx.inductor_metrics_log, {}
-    level, quiet = log.level, lambda record: False
-    log.setLevel(logging.INFO)  # Inductor counts where it would say so
-    log.addFilter(quiet)
-    try:
-        with inductor.patch(force_disable_caches=True):
-            x = latents(count, COUNTED)
-            for name, given in {"value": [y.detach() for y in x], "saved": x}.items():
-                torch._dynamo.reset()
-                metrics.reset()
-                value = torch.compile(loss, fullgraph=True)(*given)
-                size = sum(y.nbytes for y in x)
-                found[name] = metrics.num_bytes_accessed / size
-            value.backward()
-            found["both"] = metrics.num_bytes_accessed / size
-    finally:
-        log.removeFilter(quiet)
-        log.setLevel(level)
-    return found
-
-
-def timed(loss: Loss, count: int, rounds: int) -> Record:
-    """Milliseconds of reading every input once, and of what `moved` counts."""
+def measured(loss: Loss, count: int, rounds: int) -> Record:
+    """Milliseconds of reading every input once, of the value alone, of the value with what its backward needs, and with
+    the backward; and of the last three the bytes that their kernels read and write, over those of the inputs."""
     torch._dynamo.reset()
     x = latents(count, SHAPE)
     still, learning = [y.detach() for y in x], [y for y in x if y.requires_grad]
     compiled, read = torch.compile(loss, fullgraph=True), torch.compile(lambda *x: [y.sum() for y in x])
     runs: dict[str, Run] = {
-        "read": lambda: read(*still),
         "value": lambda: compiled(*still),
         "saved": lambda: compiled(*x),
         "both": lambda: torch.autograd.grad(compiled(*x), learning),
     }
-    return clock.median_times(runs, rounds)
+    size, moved = sum(y.nbytes for y in x), {}
+    with counted():
+        for name, run in runs.items():  # each compiles what the one before has not
+            before = 0 if name == "both" else metrics.num_bytes_accessed
+            run()
+            moved[name] = (metrics.num_bytes_accessed - before) / size
+        moved["both"] -= moved["value"]
+    return {"moved": moved, "ms": clock.median_times({"read": lambda: read(*still)} | runs, rounds)}
+
+
+@contextmanager
+def counted() -> Iterator[None]:
+    """Inductor counts bytes where it would say so, and compiles anew."""
+    log, quiet = compile_fx.inductor_metrics_log, (lambda record: False)
+    level = log.level
+    log.setLevel(logging.INFO)
+    log.addFilter(quiet)
+    metrics.reset()
+    try:
+        with inductor.patch(force_disable_caches=True):
+            yield
+    finally:
+        log.removeFilter(quiet)
+        log.setLevel(level)
 
 
 # --- a step ----------------------------------------------------------------------------------------------------------

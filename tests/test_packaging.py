@@ -140,7 +140,10 @@ def test_the_root_of_the_tree_does_not_hide_the_package_kernels(tmp_path):
     assert Path(result.stdout.strip()) == tmp_path / "kernels" / "__init__.py"
 
 
-@pytest.mark.parametrize(("module", "folder"), [("mutate", "."), ("mutate_cuda", "csrc"), ("mutate_triton", ".")])
+@pytest.mark.parametrize(
+    ("module", "folder"),
+    [("mutate", "."), ("mutate_cuda", "csrc"), ("mutate_diffusion", "."), ("mutate_triton", ".")],
+)
 def test_every_mutant_is_of_code_that_is_there(module, folder):
     lost = (
         f"import {module} as m; print([n for n, (path, old, _) in m.MUTANTS.items() if old not in open(path).read()])"

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from fastkd import checks
 from fastkd.diffusion import samples
-from fastkd.diffusion.discrete import is_path
-from fastkd.diffusion.paths import PREDICTIONS, Path
+from fastkd.diffusion.paths import PREDICTIONS, Path, is_path
 
 __all__ = [
     "denoising_loss",
@@ -170,7 +169,7 @@ def phased_noise(
     Raises:
         TypeError, ValueError: an argument that does not fit, by name; a time t that is not after s.
     """
-    is_path(path)
+    is_path("path", path)
     checks.is_one_of("target", target, PREDICTIONS)
     samples.latents(x_s=x_s, noise=noise)
     first, then = (samples.times(name, u, x_s, 0.0, path.last).detach() for name, u in (("s", s), ("t", t)))
@@ -206,7 +205,7 @@ def tdm_weights(x_t: Tensor, sample: Tensor, noise: Tensor, t: Tensor, path: Pat
     Returns:
         [B] in float32 (float64), a constant. Errors as for :func:`phased_noise`.
     """
-    is_path(path)
+    is_path("path", path)
     samples.latents(x_t=x_t, sample=sample, noise=noise)
     top, r = checks.finite_number("most", most, above=0), path.rates(t, x_t)
     x, y, n = (z.detach().double() for z in (x_t, sample, noise))

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from fastkd import checks
 from fastkd.diffusion import samples
-from fastkd.diffusion.paths import PREDICTIONS, Path, RectifiedFlow
+from fastkd.diffusion.paths import PREDICTIONS, Path, RectifiedFlow, is_path
 
 __all__ = [
     "boot_loss",
@@ -170,7 +170,7 @@ def ddim_step(prediction: Tensor, x_t: Tensor, t: Tensor, s: Tensor, path: Path,
 
     Song et al., "Denoising diffusion implicit models", 2020.
     """
-    is_path(path)
+    is_path("path", path)
     checks.is_one_of("kind", kind, PREDICTIONS)
     samples.latents(prediction=prediction, x_t=x_t)
     y, x = prediction.double(), x_t.double()
@@ -181,12 +181,6 @@ def ddim_step(prediction: Tensor, x_t: Tensor, t: Tensor, s: Tensor, path: Path,
     x_0, eps = (path.convert(y, x, inside, kind, target) for target in ("x", "eps"))
     at = path.at(end)
     return (at.alpha * x_0 + at.sigma * eps).where(moves, x).to(x_t.dtype)
-
-
-def is_path(path: Any) -> None:
-    """Raises TypeError if not."""
-    if not isinstance(path, Path):
-        raise TypeError(f"path must be a TrigFlow, RectifiedFlow or EDM, got {type(path).__name__}")
 
 
 def segment_edge(t: Tensor, edges: Tensor) -> Tensor:
@@ -272,7 +266,7 @@ def boot_loss(
     Returns, Raises:
         As :func:`consistency_loss`. TypeError: no path.
     """
-    is_path(path)
+    is_path("path", path)
     samples.latents(prediction=prediction, previous=previous, teacher=teacher)
     start, end = (samples.times(name, u, prediction, 0.0, path.last).detach() for name, u in (("t", t), ("s", s)))
     if checks.legible(t) and checks.legible(s):

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -192,6 +192,12 @@ class EDM(Path):
         return sigma / alpha
 
 
+def is_path(name: str, path: Any) -> None:
+    """A path."""
+    if not isinstance(path, Path):
+        raise TypeError(f"{name} must be a TrigFlow, RectifiedFlow or EDM, got {type(path).__name__}")
+
+
 def transfer(x_t: Tensor, t: Tensor, source: Path, target: Path) -> tuple[Tensor, Tensor]:
     """The same noisy samples on another path: x_0 and eps stay, what they are scaled with changes.
 
@@ -207,9 +213,8 @@ def transfer(x_t: Tensor, t: Tensor, source: Path, target: Path) -> tuple[Tensor
     Raises:
         As for :meth:`Path.add_noise`.
     """
-    for name, path in (("source", source), ("target", target)):
-        if not isinstance(path, Path):
-            raise TypeError(f"{name} must be a TrigFlow, RectifiedFlow or EDM, got {type(path).__name__}")
+    is_path("source", source)
+    is_path("target", target)
     latents(x_t=x_t)
     r = source.rates(t, x_t)
     new = target.time(r.alpha.clamp(min=0), r.sigma)  # the cosine of pi / 2 in float32 is below 0
