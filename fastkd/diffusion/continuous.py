@@ -362,7 +362,13 @@ def tvm_loss(
 
 def _tangent(u: Tensor, rate: Tensor, off: Tensor, r: float, x: Tensor, tF: Tensor) -> Tensor:
     """cos t df / dt of f = cos t x - sin t F, warmed up; ``rate`` is cos^2 t at r = 1."""
-    return -samples.along(rate, x) * off.detach() - r * (samples.along(u.cos() * u.sin(), x) * x + tF)
+    rate, turn = _once(rate, u.cos() * u.sin())
+    return -samples.along(rate, x) * off.detach() - r * (samples.along(turn, x) * x + tF)
+
+
+def _once(*rows: Tensor) -> tuple[Tensor, ...]:
+    """The rows, as Inductor computes what it concatenates: once, and not for every entry of a sample."""
+    return torch.stack(rows).unbind()
 
 
 def _pulled(F: Tensor, g: Tensor, c: float) -> Tensor:
