@@ -22,7 +22,7 @@ test: $(VENV)/test.stamp $(VENV)/extension.stamp  ## run the tests (ARGS=... are
 bench: $(VENV)/bench.stamp $(VENV)/extension.stamp  ## run the benchmarks (ARGS=... are pytest's options)
 	$(PY) -m pytest bench --benchmark-json=bench/results/suite.json $(ARGS)
 
-goals: $(VENV)/bench.stamp $(VENV)/extension.stamp  ## measure the goals and renew their tables in README.md (quiet machine, 45 minutes; ARGS="--only sparse": 5)
+goals: $(VENV)/bench.stamp $(VENV)/extension.stamp  ## measure the goals and renew their tables in README.md (quiet machine, 50 minutes; ARGS="--only sparse": 5)
 	$(PY) bench/goals.py $(ARGS)
 
 kernels: $(VENV)/kernels.stamp  ## compile every GPU kernel for every architecture, without a GPU (ARGS="sm_90 gfx942": Triton's for these)

@@ -79,6 +79,7 @@ def latents(count: int, shape: tuple[int, ...]) -> list[Tensor]:
 def measure(file: Path, rounds: int, say: Callable[[str], None]) -> Record:
     """Losses, then the step, written as they come."""
     result: Record = {"machine": machine.describe(), "shape": SHAPE, "rounds": rounds, "losses": {}}
+    result["written"] = written(rounds)
     for name, (loss, count) in LOSSES.items():
         say(f"few-step: {name}")
         result["losses"][name] = {"inputs": abs(count)} | measured(loss, count, rounds)
@@ -117,6 +118,12 @@ def measured(loss: Loss, count: int, rounds: int) -> Record:
             moved[name] = (metrics.num_bytes_accessed - before) / size
         moved["both"] -= moved["value"]
     return {"moved": moved, "ms": clock.median_times({"read": lambda: read(*still)} | runs, rounds)}
+
+
+def written(rounds: int) -> Record:
+    """Milliseconds of a constant into new memory, as of what a loss saves and of gradients, and into old."""
+    x = torch.empty(SHAPE)
+    return clock.median_times({"new": lambda: torch.full_like(x, 1.0), "old": lambda: x.fill_(1.0)}, rounds)
 
 
 @contextmanager

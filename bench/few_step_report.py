@@ -12,6 +12,7 @@ from fastkd.terminal import size
 Result = dict[str, Any]
 
 FASTER = 2  # a step: at least so many times than the math path
+SHOWN = 4  # losses named
 READS = 2  # a loss: at most so many times as long as reading its inputs once
 
 
@@ -41,7 +42,12 @@ def goals_table(r: Result) -> str:
         f"| with their gradients | {ranged(r, 'both')} | |",
         f"| what the kernels of a value move, over the inputs | at most {most:.2f} x | two passes |",
     ]
-    note = f"{line(r['machine'])}. Medians of {r['rounds']} rounds, all variants in turn (`make goals`)."
+    new, old = (report.milliseconds(r["written"][memory]["median"]) for memory in ("new", "old"))
+    note = (
+        f"{line(r['machine'])}. Medians of {r['rounds']} rounds, all variants in turn (`make goals`). What is saved "
+        f"and gradients lie in new memory, of which the system hands out {latents} in {new}, where old memory is "
+        f"written in {old}. GAN losses are of logits, which are smaller, and take two transcendental functions of each."
+    )
     return "\n".join([*lines, "", note])
 
 
@@ -49,8 +55,9 @@ def ranged(r: Result, what: str) -> str:
     """The least and the largest of all losses, and which have it."""
     found = sorted((reads(loss, what), name) for name, loss in r["losses"].items())
     (least, first), (most, last) = found[0], found[-1]
-    over = sum(ratio > READS for ratio, _ in found)
-    return f"{least:.2f} x ({first}) to {most:.2f} x ({last}), {over or 'none'} above {READS} x"
+    over = [name for ratio, name in found if ratio > READS]
+    named = f" ({'; '.join(over)})" if len(over) <= SHOWN else ""
+    return f"{least:.2f} x ({first}) to {most:.2f} x ({last}), {len(over)} above {READS} x{named}"
 
 
 def taken(count: int | None) -> str:

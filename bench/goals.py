@@ -1,11 +1,11 @@
 """The goals, measured: medians of one run, side by side with plain PyTorch and with the bare GEMMs.
 
-python bench/goals.py                    measures for about 45 minutes, writes its results after every case, and renews
+python bench/goals.py                    measures for about 50 minutes, writes its results after every case, and renews
                                          the documents (bench/docs.py)
 python bench/goals.py --only dense       two heads, logits, divergences, memory: bench/results/cpu-goals.json
 python bench/goals.py --only sparse      five minutes: listed teachers, bench/results/sparse-goals.json
 python bench/goals.py --only attention   twenty minutes: attention with a tangent, bench/results/attention-goals.json
-python bench/goals.py --only few-step    ten minutes: few-step generators, bench/results/few-step.json
+python bench/goals.py --only few-step    five minutes: few-step generators, bench/results/few-step.json
 
 Cases, variants, clock and memory are those of `fastkd bench`, for attention those of attention.py.
 """

@@ -17,7 +17,7 @@ Two more ways to learn, each with files of its own:
 And one without a language model:
 
     --images           a transformer learns to draw digits, and students of one and two steps learn it by sCM, MeanFlow
-                       and DMD: pictures, and a training step beside torch's attention (MINUTES minutes)
+                       and DMD: pictures, and a training step beside torch's attention (7 minutes)
 """
 
 from __future__ import annotations

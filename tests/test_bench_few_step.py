@@ -63,6 +63,7 @@ def test_measured_and_told(measured):
     step = measured["step"]
     assert step["tokens"] == 64 and set(step["ms"]) == set(demo_images.WAYS)
     assert {way: list(found) for way, found in step["peak_bytes"].items()} == {"fastkd": ["16", "64"], "math": ["16"]}
+    assert set(measured["written"]) == {"new", "old"}
     found = measured["losses"]["dmd_loss"]
     assert found["inputs"] == 3 and set(found["ms"]) == {"read", "value", "saved", "both"}
     text = few_step_report.goals_table(measured)

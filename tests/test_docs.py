@@ -60,10 +60,35 @@ def stored(folder):
     return {"tokenizer": "of the test", "h_s": torch.randn(2, 5, 8, requires_grad=True)}
 
 
+class Student(torch.nn.Module):
+    """F of a picture and a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.time = torch.nn.Linear(8, 8), torch.nn.Linear(1, 8)
+
+    def forward(self, x, t):
+        y = self.q(x) + self.time(t[:, None, None, None])
+        return torch.nn.functional.scaled_dot_product_attention(y, y, x)
+
+
+def of_few_steps():
+    x_0, noise = torch.randn(2, 3, 2, 5, 8)
+    student = Student()
+    return {
+        "x_0": x_0,
+        "noise": noise,
+        "t": torch.tensor([0.3, 1.2, 0.7]),
+        "student": student,
+        "teacher": student,
+        "step": 5,
+    }
+
+
 def test_every_python_block_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     h_s, W_s, b_s = torch.randn(5, 8), torch.randn(50, 8), torch.randn(50)
     names = {
         "torch": torch,
@@ -91,6 +116,11 @@ def test_every_python_block_runs(tmp_path, monkeypatch):
     for block in blocks:
         if "teacher_cache" in block:
             names |= stored(tmp_path / "teacher-cache")
+        if "fastkd.diffusion" in block:
+            own = of_few_steps()
+            exec(block, own)
+            assert all(p.grad.isfinite().all() and p.grad.any() for p in own["student"].parameters())
+            continue
         exec(block, names)
     assert (
         names["loss"].isfinite()
