@@ -15,7 +15,7 @@ COMMANDS = {
     "bench": "measure time and memory against plain PyTorch and peers",
     "plan": "say how many bytes a loss will take, materialised and fused",
     "cache": "store a teacher's top-k for a dataset; see and check a store",
-    "demo": "distil a real language model and compare with F.kl_div; or generators of digits",
+    "demo": "distil a real language model, or a generator of digits",
 }
 
 DESCRIPTION = """\
