@@ -13,7 +13,7 @@ BUILD_TOOLS := 'setuptools>=77' wheel 'pybind11>=2.12' ninja build
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-demo: $(VENV)/demo.stamp $(VENV)/model.stamp $(VENV)/extension.stamp  ## distil a real language model (ARGS=... are the demo's options)
+demo: $(VENV)/demo.stamp $(if $(findstring --images,$(ARGS)),,$(VENV)/model.stamp) $(VENV)/extension.stamp  ## distil a real language model (ARGS=--images: a generator of digits; ARGS=... are the demo's options)
 	$(PY) -m fastkd demo $(ARGS)
 
 test: $(VENV)/test.stamp $(VENV)/extension.stamp  ## run the tests (ARGS=... are pytest's options)

@@ -6,7 +6,7 @@ results/attention-goals.json     bench/goals.py --only attention   README.md, at
 results/few-step.json     bench/goals.py --only few-step        README.md, few-step; bench/README.md, few-step-losses
 results/attention-accuracy.json  bench/attention_accuracy.py       bench/README.md, attention-accuracy
 results/cache.json        bench/cache.py                        README.md, sparse
-results/demo*.json        copies of what `make demo` writes     README.md, demo, demo-cached, demo-on-policy
+results/demo*.json        copies of what `make demo` writes     README.md, demo and the blocks named so
 results/pointwise.json    bench/pointwise.py                    bench/README.md, pointwise
 results/cpu-grid.json     fastkd bench --json                   bench/README.md, grid and plots
 results/nvidia-*.json     bench/gpu.py, a file for each GPU     bench/README.md, gpu

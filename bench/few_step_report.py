@@ -46,7 +46,8 @@ def goals_table(r: Result) -> str:
     note = (
         f"{line(r['machine'])}. Medians of {r['rounds']} rounds, all variants in turn (`make goals`). What is saved "
         f"and gradients lie in new memory, of which the system hands out {latents} in {new}, where old memory is "
-        f"written in {old}. GAN losses are of logits, which are smaller, and take two transcendental functions of each."
+        f"written in {old}. Masked losses read twice, once for what is finite. GAN losses are of logits, which are "
+        "smaller, and take two transcendental functions of each."
     )
     return "\n".join([*lines, "", note])
 

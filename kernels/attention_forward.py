@@ -30,7 +30,7 @@ from fastkd.kernels.attention_tiles import (
     walk,
     within,
 )
-from fastkd.kernels.tiles import LN2, LOWEST, rounded
+from fastkd.kernels.tiles import LOWEST, rounded
 
 
 @triton.jit
@@ -124,9 +124,9 @@ def attend(
             s = score(z, th, BIAS, bias_strides, i0, j0, i, j, seen, scale, cap)
             ts = score_tangent(tz, th, TBIAS, tbias_strides, i0, j0, i, j, seen, scale)
             top = tl.maximum(m, tl.max(s, 1))
-            shrink = power(m - top, BIAS)
+            shrink = power(m - top)
             m = top
-            p = power(s - m[:, None], BIAS)
+            p = power(s - m[:, None])
             mass, before = tl.sum(p, 1), total * shrink
             total = before + mass
             e = rounded(p, V.dtype.element_ty)
@@ -150,7 +150,7 @@ def attend(
     out = tl.where(blind[:, None], 0.0, out * inverse[:, None])
     put_rows(head(OUT, out_strides, b, h, UNIT), i0, out_strides, out, sq, UNIT, DV)
     i = i0 + tl.arange(0, BLOCK_M)
-    lse = tl.where(blind, -float("inf"), (m * LN2 if BIAS is None else m) + tl.log(total))
+    lse = tl.where(blind, -float("inf"), m + tl.log(total))
     tl.store(row_numbers(LSE, b, h, heads, sq) + i, lse, mask=i < sq)
     if TANGENT is not None:
         bent = bent * inverse

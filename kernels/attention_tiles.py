@@ -170,7 +170,7 @@ def step(t, begin, left, right, WHOLE: tl.constexpr):
     return at
 
 
-# ---- scores: z = q k^T, S = cap tanh(scale z / cap) + bias, in units of ln 2 where there is no bias ----
+# ---- scores: z = q k^T, S = cap tanh(scale z / cap) + bias ----
 
 
 @triton.jit
@@ -213,8 +213,7 @@ def squashed(z, scale, cap):
 @triton.jit
 def score(z, th, BIAS, strides, i0, j0, i, j, seen, scale, cap):
     """S, -inf where it is not seen"""
-    unit = LOG2E if BIAS is None else 1.0
-    s = z * (scale * unit) if th is None else th * (cap * unit)
+    s = z * scale if th is None else th * cap
     if BIAS is not None:
         s += entries(BIAS, strides, i0, j0, i, j).to(tl.float32)
     return s if seen is None else tl.where(seen, s, -float("inf"))
@@ -235,18 +234,18 @@ def score_tangent(tz, th, TBIAS, strides, i0, j0, i, j, seen, scale):
 
 
 @triton.jit
-def power(x, BIAS):
-    """e^x of a difference of scores in their units"""
-    return tl.exp2(x if BIAS is None else x * LOG2E)
+def power(x):
+    """e^x of a difference of scores: what is large is subtracted before it is brought to base 2, which rounds"""
+    return tl.exp2(x * LOG2E)
 
 
 @triton.jit
-def probabilities(s, LSE, BIAS, first, live, WHOLE: tl.constexpr, BY_KEYS: tl.constexpr):
+def probabilities(s, LSE, first, live, WHOLE: tl.constexpr, BY_KEYS: tl.constexpr):
     """P = e^(S - LSE), 0 in a row that sees nothing"""
     at = LSE + first + tl.arange(0, live.shape[0])
     lse = tl.load(at) if WHOLE else tl.load(at, mask=live, other=-float("inf"))
     lse = tl.where(lse == -float("inf"), float("inf"), lse)
-    return power(s - along(lse if BIAS is not None else lse * LOG2E, True, BY_KEYS), BIAS)
+    return power(s - along(lse, True, BY_KEYS))
 
 
 # ---- and their gradients ----

@@ -14,11 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+Mutants = dict[str, tuple[str, str, str]]  # name -> file, text, its replacement
 ROOT = Path(__file__).parent.parent
 COPIED = ("csrc", "fastkd", "kernels", "tests", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 # in the order in which they go red soonest
@@ -404,6 +407,38 @@ def copy_to(tree: Path, items: tuple[str, ...], *left_behind: str) -> None:
             shutil.copytree(source, tree / item, symlinks=item == "fastkd", ignore=ignored)
         else:
             shutil.copy(source, tree / item)
+
+
+def forked(tree: Path, search: Callable[[], str | None]) -> str | None:
+    """The red test that a search finds within a tree, in a fork of its own: what the mutants share is imported once."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.chdir(tree)
+        with open(os.devnull, "w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):
+            red = search() or ""
+        os.write(writer, red.encode())
+        os._exit(0)
+    os.close(writer)
+    status = os.waitpid(child, 0)[1]
+    with os.fdopen(reader) as pipe:
+        red = pipe.read()
+    return red or (f"a crash, {status}" if status else None)
+
+
+def in_turn(tree: Path, mutants: Mutants, failing: Callable[[Path, str], str | None]) -> bool:
+    """Breaks a tree by one mutant after the other and says which test, of a broken file, killed it. Did one survive?"""
+    survivors = []
+    for name, (path, old, new) in mutants.items():
+        start = time.perf_counter()
+        source = (tree / path).read_text()
+        (tree / path).write_text(source.replace(old, new, 1))
+        red = failing(tree, path)
+        (tree / path).write_text(source)
+        survivors += [] if red else [name]
+        print(f"{name}: {red or 'SURVIVES'} ({time.perf_counter() - start:.0f} s)", flush=True)
+    print(f"{len(mutants) - len(survivors)} of {len(mutants)} mutants killed; survivors: {survivors}")
+    return bool(survivors)
 
 
 def main() -> int:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-import time
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
@@ -19,7 +17,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 import pytest
 import torch  # noqa: F401 - imported once for all forks, like triton
 import triton  # noqa: F401
-from mutate import copy_to
+from mutate import copy_to, forked, in_turn
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("fastkd", "kernels", "tests", "pyproject.toml")
@@ -281,7 +279,7 @@ MUTANTS = {
     ),
     "attention: maximum of -inf": (FORWARD, "tl.full([BLOCK_M], LOWEST", "tl.full([BLOCK_M], -float('inf')"),
     "attention: NaN where nobody looks": (FORWARD, "there = first < last", "there = first <= last"),
-    "attention: scale dropped": (SCORES, "z * (scale * unit) if th", "z * unit if th"),
+    "attention: scale dropped": (SCORES, "z * scale if th", "z if th"),
     "attention: scale dropped from the tangent": (SCORES, "ts = tz * scale if th", "ts = tz if th"),
     "attention: softcap dropped": (SCORES, "th = tanh(z * (scale / cap))", "th = z * (scale / cap)"),
     "attention: slope of the softcap dropped from the tangent": (
@@ -402,56 +400,27 @@ def failing_test(tree: Path, path: str) -> str | None:
     of its own, in which the kernels are imported."""
     chosen = [*filter(None, (SOON.get(path), "test"))]
     file = "tests/triton_attention.py" if path in ATTENTION else "tests/triton_cases.py"
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.chdir(tree)
-        with open(os.devnull, "w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):
-            red = next(filter(None, (_run(file, words) for words in chosen)), "")
-        os.write(writer, red.encode())
-        os._exit(0)
-    os.close(writer)
-    status = os.waitpid(child, 0)[1]
-    with os.fdopen(reader) as pipe:
-        red = pipe.read()
-    return red or (f"a crash, {status}" if status else None)
-
-
-def mutate(tree: Path, name: str) -> str | None:
-    """Which test killed the mutant."""
-    path, old, new = MUTANTS[name]
-    source = (tree / path).read_text()
-    (tree / path).write_text(source.replace(old, new, 1))
-    red = failing_test(tree, path)
-    (tree / path).write_text(source)
-    return red
+    return forked(tree, lambda: next(filter(None, (_run(file, words) for words in chosen)), None))
 
 
 def main() -> int:
-    names = [n for n in MUTANTS if not sys.argv[1:] or any(word in n for word in sys.argv[1:])]
-    missing = [n for n in names if MUTANTS[n][1] not in (ROOT / MUTANTS[n][0]).read_text()]
+    mutants = {n: m for n, m in MUTANTS.items() if not sys.argv[1:] or any(word in n for word in sys.argv[1:])}
+    missing = [n for n, (path, old, _) in mutants.items() if old not in (ROOT / path).read_text()]
     if missing:
         print(f"not in the code any more: {missing}")
         return 1
-    survivors = []
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         copy_to(tree, COPIED)
         sys.path.insert(0, str(tree))
         import fastkd.testing  # noqa: F401 - of what is not mutated, once for all forks
 
-        for path in {ROWS, FORWARD} & {MUTANTS[n][0] if MUTANTS[n][0] not in ATTENTION else FORWARD for n in names}:
+        for path in {ROWS, FORWARD} & {path if path not in ATTENTION else FORWARD for path, *_ in mutants.values()}:
             red = failing_test(tree, path)
             if red:
                 print(f"before any mutation the tree is red: {red}")
                 return 1
-        for name in names:
-            start = time.perf_counter()
-            red = mutate(tree, name)
-            survivors += [] if red else [name]
-            print(f"{name}: {red or 'SURVIVES'} ({time.perf_counter() - start:.0f} s)", flush=True)
-    print(f"{len(names) - len(survivors)} of {len(names)} mutants killed; survivors: {survivors}")
-    return bool(survivors)
+        return in_turn(tree, mutants, failing_test)
 
 
 if __name__ == "__main__":

@@ -203,3 +203,11 @@ def test_an_upstream_of_zeros_without_memory(attends):
     out = fastkd.attention(q, q, q, backend=attends)
     (grad,) = torch.autograd.grad(out, q, torch._efficientzerotensor(out.shape, dtype=out.dtype, device=out.device))
     assert not grad.any()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_scores_of_a_large_deviation(attends, seed):
+    """Of 39: a difference of scores that was rounded twice before it is an exponent is outside the rule."""
+    case = inputs((40, 70), (2, 2), (24, 16), seed=seed, grad=True)
+    op, reference = (partial(f, scale=8.0) for f in (fastkd.jvp_attention, fastkd.reference.jvp_attention))
+    testing.compare(partial(op, backend=attends), reference, case).check()

@@ -385,6 +385,9 @@ def test_kernels_without_a_rule(monkeypatch):
     assert not torch.func.jvp(lambda q: foreign(q, q, q), (torch.ones(1, 4, 2, 8),), (torch.ones(1, 4, 2, 8),))[1].any()
     plain = torch.func.jvp(function, xs, ts)[1]  # without a word
     use_attention(model)
+    with pytest.raises(NotImplementedError, match=r"fastkd_test.foreign.* has no forward-mode rule"):
+        torch.func.jvp(function, xs, ts)
+    monkeypatch.setattr(there, "dispatch_attention_fn", lambda q, k, v, **_: (q + k + v).detach())
     with pytest.raises(RuntimeError, match=r"tangent ends in FluxAttnProcessor.*set_attention_backend\('native'\)"):
         torch.func.jvp(function, xs, ts)
     monkeypatch.undo()

@@ -291,3 +291,27 @@ def test_bad_input(case):
     for name in ("reduction", "on_nan"):
         with pytest.raises(ValueError, match=f"{name} must be one of"):
             case(given, **{name: "no"})
+
+
+OUTSIDE = [
+    pytest.param(case, wrong, id=f"{name}, {wrong:g}")
+    for name, case in CASES.items()
+    for wrong in ((-0.1,) if "EDM" in name else (-0.1, 1e9))  # EDM's times have no end
+    if "t" in case.inputs
+]
+
+
+@pytest.mark.parametrize(("case", "wrong"), OUTSIDE)
+def test_times_outside_where_nobody_looks(case, wrong):
+    """They count as NaN."""
+    torch._dynamo.reset()
+    f = torch.compile(lambda x: case(x, on_nan="mask"), fullgraph=True, backend="aot_eager")
+    given = case.leaves(torch.float32)
+    with torch.no_grad():
+        given["t"][1] = wrong
+    with pytest.raises(ValueError, match="t must be a time from"):
+        case(given)
+    loss, masked = f(given)
+    assert masked == 1 and loss.isfinite()
+    for n, g in gradients(loss, given).items():
+        assert g.isfinite().all() and not g[1].any(), n

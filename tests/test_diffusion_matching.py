@@ -378,6 +378,8 @@ def test_density_ratio():
     near(critics.density_ratio(logits, 1e-9, 1e9)[1:3].log(), torch.tensor([10.0, -6.0], dtype=F64))
     assert critics.density_ratio(logits.bfloat16()).dtype == torch.float32
     assert not critics.density_ratio(logits).requires_grad
+    for bad in (math.inf, -math.inf, math.nan):
+        assert critics.density_ratio(torch.tensor([[0.0, bad], [0.0, 1.0]])).isfinite().tolist() == [False, True]
 
 
 def test_ratio_by_time():

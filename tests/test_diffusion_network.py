@@ -10,6 +10,7 @@ from torch.nn.modules import module as hooks
 
 import fastkd
 from fastkd.diffusion.network import network_jvp, tangent_warmup
+from fastkd.forward_mode import replaced
 
 
 class Block(nn.Module):
@@ -338,6 +339,34 @@ def test_a_tangent_that_is_lost(module, error, message):
         network_jvp(net, (x,), (x,))
     assert all(m.training for m in net.modules()) and nothing_stays()
     network_jvp(net[0], (x,), (x,))
+
+
+@torch.library.custom_op("fastkd_test::no_rule", mutates_args=())
+def no_rule(x: torch.Tensor) -> torch.Tensor:
+    return x.sin()
+
+
+class Residual(nn.Module):
+    """The tangent goes on beside the op, and would be wrong."""
+
+    def forward(self, x):
+        return x + no_rule(x)
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x.tanh() + (x.cos(), no_rule(x))[1]
+
+
+@pytest.mark.parametrize("module", [Residual, Pair])
+def test_an_op_without_a_rule_beside_the_way(module):
+    net, x = nn.Sequential(nn.Linear(8, 8), module(), nn.Tanh()), given(torch.float32)[0][0]
+    with pytest.raises(
+        NotImplementedError, match=rf"^module '1' \({module.__name__}\): fastkd_test.no_rule.* no forward"
+    ):
+        network_jvp(net, (x,), (x,))
+    with replaced():
+        assert net(x).shape == x.shape  # without tangents
 
 
 class Product(nn.Module):

@@ -7,6 +7,7 @@ tests/triton_attention.py` runs it there.
 import math
 import mmap
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -279,6 +280,14 @@ def test_first_keys_weigh_nothing_and_move_far(dtype):
     a.k[:, :, :N] -= 4
     a.tk[:, :, :N] += 8
     hold(spec, a)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("bias", [None, "0001"], ids=str)
+def test_scores_of_a_large_deviation(bias, seed):
+    """Of 39: brought to base 2 before the maximum is subtracted, they would be rounded twice."""
+    spec, a = problem(bias=bias, dims=(24, 16), sizes=(2 * M - 1, 2 * N + 5), seed=seed)
+    hold(replace(spec, scale=8.0), a, seed=seed)
 
 
 def test_whole_tiles_of_a_width_between():

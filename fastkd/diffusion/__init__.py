@@ -1,4 +1,5 @@
-"""Losses of few-step generators: tensors in, a loss out, whatever the network is.
+"""Losses of few-step generators: tensors in, a loss out, whatever the network is. A sample lies whole in its process:
+norms and means of samples are not summed over shards of them.
 
 paths       parametrisations: TrigFlow, RectifiedFlow, EDM
 network     a network and its tangent

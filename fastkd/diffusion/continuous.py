@@ -73,7 +73,8 @@ def scm_loss(
         tangent: [B, ...] of F along :func:`scm_tangents`; a constant, as are
         x_t: [B, ...] and
         velocity: [B, ...] dx_t / dt, of the path in training, of the teacher in distillation.
-        t: [B], [B, 1, ...] or [], from 0 to pi / 2.
+        t: [B], [B, 1, ...] or [], from 0 to pi / 2. In torch.compile, vmap and on a GPU nobody looks at values: there a
+            time outside counts as NaN, see ``on_nan``.
         sigma_data: of the data.
         warmup: r, from 0 to 1, see :func:`tangent_warmup`.
         log_variance: [B], learned, of t; None: 0.
@@ -390,9 +391,7 @@ def _clamped(x: Tensor, bound: Any) -> Tensor:
 def _interval(t: Tensor, name: str, r: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """RectifiedFlow times t and r, which is at most t: [B, 1, ..., 1] in float64, constants."""
     u, w = (samples.times(n, x, like, 0.0, RectifiedFlow.last).detach() for n, x in (("t", t), (name, r)))
-    if checks.legible(t) and checks.legible(r):
-        checks.all_values(name, "at most t", w.flatten(), (w <= u).flatten())
-    return u, w
+    return u, samples.ordered(name, "at most t", w, w <= u, t, r)
 
 
 def _share(name: str, value: Any) -> float:

@@ -173,8 +173,7 @@ def phased_noise(
     checks.is_one_of("target", target, PREDICTIONS)
     samples.latents(x_s=x_s, noise=noise)
     first, then = (samples.times(name, u, x_s, 0.0, path.last).detach() for name, u in (("s", s), ("t", t)))
-    if checks.legible(s) and checks.legible(t):
-        checks.all_values("t", "after s", then.flatten(), (then > first).flatten())
+    then = samples.ordered("t", "after s", then, then > first, s, t)
     start, end = path.at(first), path.at(then)
     x, n = x_s.double(), noise.detach().double()
     a = end.alpha / start.alpha
@@ -225,7 +224,7 @@ def density_ratio(logits: Tensor, low: float = 0.1, high: float = 20.0) -> Tenso
         low, high: the least and the largest ratio (f-distill's are these).
 
     Returns:
-        [B] in float32 (float64), a constant.
+        [B] in float32 (float64), a constant; NaN for logits that are not finite.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, by name.
@@ -234,7 +233,8 @@ def density_ratio(logits: Tensor, low: float = 0.1, high: float = 20.0) -> Tenso
     least = checks.finite_number("low", low, above=0)
     most = checks.finite_number("high", high, above=least)
     (y,) = samples.wide(logits.detach())
-    return samples.mean(y).clamp(-10, 10).exp().clamp(least, most)
+    m = samples.mean(y)
+    return m.clamp(-10, 10).exp().clamp(least, most) + 0 * m  # NaN for an infinity
 
 
 def ratio_by_time(

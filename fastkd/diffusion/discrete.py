@@ -269,8 +269,7 @@ def boot_loss(
     is_path("path", path)
     samples.latents(prediction=prediction, previous=previous, teacher=teacher)
     start, end = (samples.times(name, u, prediction, 0.0, path.last).detach() for name, u in (("t", t), ("s", s)))
-    if checks.legible(t) and checks.legible(s):
-        checks.all_values("s", "below t", end.flatten(), (end < start).flatten())
+    end = samples.ordered("s", "below t", end, end < start, t, s)
     a, b = path.at(start), path.at(end)
     whole = b.alpha * a.sigma
 

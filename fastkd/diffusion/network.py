@@ -15,7 +15,7 @@ from torch.utils import _pytree
 
 from fastkd import checks
 from fastkd.diffusion.samples import values
-from fastkd.forward_mode import replaced
+from fastkd.forward_mode import floats, moves, replaced
 
 __all__ = ["network_jvp", "tangent_warmup"]
 
@@ -37,8 +37,9 @@ def network_jvp(
     both results; detach what a loss takes for constant.
 
     A module that has a tangent in and none out is run twice more, with its input and with that shrunk: only what
-    follows its input has lost a tangent, unlike positions, or a mask. Within torch.compile nothing is watched, and of a
-    function only the module that it is a method of is put in eval mode.
+    follows its input has lost a tangent, unlike positions, or a mask. A detach beside a way on which the tangent goes
+    on, as in a residual, is not seen. Within torch.compile nothing is watched, and of a function only the module that
+    it is a method of is put in eval mode.
 
     Args:
         network: a module or function of ``*primals, **kwargs`` that returns a tensor.
@@ -66,7 +67,7 @@ def network_jvp(
         out = network(*given, **kwargs)
         if not isinstance(out, Tensor):
             raise TypeError(f"network must return a tensor, got {type(out).__name__}")
-        if not torch.compiler.is_compiling() and not _moves(out):
+        if not torch.compiler.is_compiling() and not moves(out):
             raise RuntimeError("network's output has no tangent: it does not depend on what moves, or loses it")
         return out
 
@@ -166,15 +167,15 @@ WHY = "its output follows an input that has one, and has none; by a detach, a ca
 
 def _loses(module: nn.Module, args: Any, kwargs: Any, out: Any) -> bool:
     """Does an output follow the inputs and have no tangent where they have one?"""
-    was = _floats(out)
-    if not was or any(map(_moves, was)) or not any(map(_moves, _floats((args, kwargs)))):
+    was = floats(out)
+    if not was or any(map(moves, was)) or not any(map(moves, floats((args, kwargs)))):
         return False
 
     def again(shrink: bool) -> list[Tensor]:
         """Shrunk: each entry by a factor of its own, towards 0, so that an index stays one."""
 
         def still(x: Any) -> Any:
-            if not (isinstance(x, Tensor) and _moves(x)):
+            if not (isinstance(x, Tensor) and moves(x)):
                 return x
             x = forward_ad.unpack_dual(x, level=0).primal
             factors = torch.linspace(0.5, 0.9, x.numel(), dtype=x.dtype, device=x.device).view(x.shape)
@@ -182,7 +183,7 @@ def _loses(module: nn.Module, args: Any, kwargs: Any, out: Any) -> bool:
 
         with torch.no_grad():
             a, k = _pytree.tree_map(still, (args, kwargs))
-            return _floats(module.forward(*a, **k))
+            return floats(module.forward(*a, **k))
 
     if was[0].is_meta or not _same(was, again(False)):
         return False  # no values, or those of chance
@@ -198,15 +199,6 @@ def _is_mask(x: Tensor) -> bool:
     """Of 0, 1 and what an addition hides with."""
     x = values(x)
     return bool(((x == 0) | (x == 1) | (x <= torch.finfo(x.dtype).min)).all())
-
-
-def _floats(tree: Any) -> list[Tensor]:
-    return [x for x in _pytree.tree_leaves(tree) if isinstance(x, Tensor) and x.is_floating_point()]
-
-
-def _moves(x: Tensor) -> bool:
-    """Has x a tangent, of zeros or not?"""
-    return forward_ad.unpack_dual(x, level=0).tangent is not None
 
 
 def tangent_warmup(step: int, steps: int = 10_000) -> float:

@@ -28,12 +28,22 @@ def latents(**tensors: Any) -> None:
 
 
 def times(name: str, t: Any, like: Tensor, first: float, last: float) -> Tensor:
-    """One number for each sample, [B, 1, ..., 1] in float64; from ``first`` to ``last`` where a look is free."""
+    """One number for each sample, [B, 1, ..., 1] in float64; NaN outside where a look is not free."""
     found = each(name, t, like)
     if checks.legible(t):
         # compared in the dtype of t: pi / 2 in float32, above pi / 2, is a time
         checks.all_values(name, f"a time from {first:g} to {last:g}", t, (t >= first) & (t <= last))
-    return found
+        return found
+    inside = (t >= first) & (t <= last)
+    return found.where(inside.reshape(-1, *(1,) * (like.dim() - 1)), torch.nan)
+
+
+def ordered(name: str, what: str, found: Tensor, right: Tensor, *times: Tensor) -> Tensor:
+    """Times [B, 1, ..., 1] that are right beside others; as :func:`times`."""
+    if all(map(checks.legible, times)):
+        checks.all_values(name, what, found.flatten(), right.flatten())
+        return found
+    return found.where(right, torch.nan)
 
 
 def each(name: str, value: Any, like: Tensor) -> Tensor:

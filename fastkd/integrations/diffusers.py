@@ -1,7 +1,7 @@
 """A transformer of diffusers under `torch.func.jvp`.
 
     model = SD3Transformer2DModel.from_pretrained(...)
-    fastkd.integrations.diffusers.use_attention(model)
+    use_attention(model)
     out, tangent = torch.func.jvp(lambda x, t: model(x, timestep=t, ...).sample, (x_t, t), (dx_t, dt))
 
 Every attention keeps its processor, with its projections, norms, masks and rotary embeddings, and may be given another
@@ -19,9 +19,9 @@ Attention backends
     "native" and those named "_native_..." call the function above. "flex" raises Unsupported "functorch": call
     `model.set_attention_backend("native")`.
 Kernels without a rule: attention or linear layers from elsewhere, quantised ones, any `torch.library.custom_op`
-    A tangent of zeros in silence. Where the input of an attention or of the model has a tangent and its output has
-    none, `use_attention` makes that a RuntimeError; :func:`fastkd.diffusion.network_jvp` does so for every module of
-    the network that it is given. Take the plain layer.
+    A tangent of zeros in silence. `use_attention` makes a registered op without a rule a NotImplementedError, and a
+    RuntimeError of it where the input of an attention or of the model has a tangent and its output has none;
+    :func:`fastkd.diffusion.network_jvp` does so for every module of the network. Take the plain layer.
 `torch.autograd.Function`
     RuntimeError "setup_context" or NotImplementedError "jvp function": it needs both.
 Gradient checkpointing
@@ -50,12 +50,10 @@ from functools import update_wrapper
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.utils import _pytree
+from torch import nn
 
 from fastkd.attend.public import _walking
-from fastkd.forward_mode import replaced
+from fastkd.forward_mode import floats, moves, replaced
 
 __all__ = ["use_attention"]
 
@@ -114,5 +112,4 @@ class _Within:
 
 def _moving(tree: Any) -> list[bool]:
     """For each of its tensors of floats: has it a tangent? Nothing, where nobody asks for tangents."""
-    floats = [x for x in _pytree.tree_leaves(tree) if isinstance(x, Tensor) and x.is_floating_point()]
-    return [forward_ad.unpack_dual(x, level=0).tangent is not None for x in floats] if _walking(()) else []
+    return [*map(moves, floats(tree))] if _walking(()) else []
