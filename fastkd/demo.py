@@ -62,29 +62,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def by_way(size: str) -> str:
         return ", ".join(f"{way}: {sizes[size]}" for way, sizes in SIZES.items() if size in sizes)
 
-    def sized(name: str, what: str) -> None:
-        parser.add_argument(
+    def sized(name: str, what: str, to: Any = parser) -> None:
+        to.add_argument(
             f"--{name}", type=positive, default=argparse.SUPPRESS, help=f"{what} ({by_way(name.replace('-', '_'))})"
         )
 
-    sized("steps", "training steps of each run")
-    sized("batch", "sequences per step")
-    sized("seq", "tokens per sequence; the loss sees batch x seq")
-    sized("held-out", "tokens of held-out text to evaluate on")
-    parser.add_argument("--layers", type=positive, default=None, help="layers the student keeps (None: two thirds)")
-    parser.add_argument("--lr", type=float, default=4e-4, help="peak learning rate")
-    parser.add_argument("--seed", type=int, default=0, help="order of the training text; all else is deterministic")
-    parser.add_argument(
+    sized("steps", "training steps of each run; with --images the teacher's are three times as many")
+    sized("batch", "sequences or pictures per step")
+    parser.add_argument("--seed", type=int, default=0, help="order of the training data; all else is deterministic")
+    parser.add_argument("--out", type=Path, default=Path("fastkd-demo"), help="folder for what the demo leaves behind")
+    text = parser.add_argument_group("of a language model, without --images")
+    sized("seq", "tokens per sequence; the loss sees batch x seq", text)
+    sized("held-out", "tokens of held-out text to evaluate on", text)
+    text.add_argument("--layers", type=positive, default=None, help="layers the student keeps (None: two thirds)")
+    text.add_argument("--lr", type=float, default=4e-4, help="peak learning rate")
+    text.add_argument(
         "--dtype",
         choices=("auto", *DTYPES),
         default="auto",
         help="of hidden states and heads; parameters stay float32. auto: bfloat16 if this CPU computes in it",
     )
-    parser.add_argument(
+    text.add_argument(
         "--k", type=positive, nargs="+", default=[8, 64, 256], help="entries that each cache keeps of a token"
     )
-    parser.add_argument("--no-naive", action="store_true", help="leave out the run with F.kl_div: half the time")
-    parser.add_argument("--out", type=Path, default=Path("fastkd-demo"), help="folder for what the demo leaves behind")
+    text.add_argument("--no-naive", action="store_true", help="leave out the run with F.kl_div: half the time")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -127,7 +127,7 @@ def discriminator_gan_loss(
         fake: [B, ...] logits of noised generated samples, themselves detached.
         real: [B, ...] logits of noised data.
         noised: [B, ...] logits of that data with a little more noise (FastGen: 0.1), for an approximate R1 penalty.
-        penalty: its factor.
+        penalty: its factor, where ``noised`` is given.
         weights: a number, [B], [B, 1, ...] or [], constants.
         reduction, on_nan, Returns, Raises: as ``gradient_loss``.
     """

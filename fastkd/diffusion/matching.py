@@ -100,7 +100,7 @@ def dmd_loss(
         real, fake: [B, ...] predictions of x_0, constants.
         weights: a number, [B], [B, 1, ...] or [], constants.
         normalize: divide by the mean distance of the sample from ``real``.
-        floor: of that distance (SiD and rCM clip at 1e-5; DMD2 does not; FastGen adds 1e-6 instead).
+        floor: of that distance, where it is one (SiD and rCM clip at 1e-5; DMD2 does not; FastGen adds 1e-6 instead).
         reduction, on_nan, Returns, Raises: as :func:`gradient_loss`.
     """
     samples.latents(sample=sample, real=real, fake=fake)
@@ -181,7 +181,7 @@ def tdm_loss(
         c: where it turns from squares to distances.
         over: "entries" or "sample".
         weights: a number, [B], [B, 1, ...] or [], constants: the loss is multiplied by them.
-        floor: of the divisor.
+        floor: of the divisor over entries.
         reduction, on_nan, Returns, Raises: as :func:`gradient_loss`.
     """
     samples.latents(sample=sample, real=real, fake=fake)
@@ -226,7 +226,7 @@ def sid_loss(
         alpha: published are 1.0 and 1.2.
         weights: a number, [B], [B, 1, ...] or [], constants: the loss is multiplied by them.
         normalize: divide by the mean distance of the sample from ``real``, the only constant of the loss.
-        floor: of that distance.
+        floor: of that distance, where it is one.
         reduction, on_nan, Returns: as :func:`gradient_loss`.
 
     Raises:

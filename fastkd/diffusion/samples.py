@@ -47,7 +47,7 @@ def ordered(name: str, what: str, found: Tensor, right: Tensor, *times: Tensor) 
 
 
 def each(name: str, value: Any, like: Tensor) -> Tensor:
-    """A float tensor [B], [B, 1, ...] or [] as [B, 1, ..., 1] in float64."""
+    """A float tensor [B], [B, 1, ...] or of one number, for all, as [B, 1, ..., 1] in float64."""
     checks.is_float(name, value)
     checks.same_device(**{"the samples": like, name: value})
     count = len(like)
