@@ -203,7 +203,7 @@ def along_the_flow(network: nn.Module, steps: int) -> Sampler:
 
 
 def by_consistency(network: nn.Module, steps: int) -> Sampler:
-    """x_0 of noise, and of what it becomes with half of the noise again."""
+    """x_0 of noise, and again of what that becomes with fresh noise to MIDDLE."""
 
     def sample(noise: Tensor, labels: Tensor) -> Tensor:
         x = clean(network, SCALE * noise, torch.full((len(noise),), END), labels)

@@ -97,7 +97,7 @@ class Path:
             prediction: [B, ...], of the kind ``source``.
             x_t: [B, ...].
             t: [B], [B, 1, ...] or []. Where sigma is 0 (t = 0) x says nothing of the others, and score is infinite;
-                where alpha is 0 (the end) eps and score say nothing of x, v and F: what comes there is not finite.
+                where alpha is 0 (the end) eps and score say nothing of x, v and F: what comes there means nothing.
             source, target: of "x", "eps", "v", "F", "score".
 
         Returns:

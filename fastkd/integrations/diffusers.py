@@ -70,7 +70,7 @@ def use_attention(model: nn.Module, tangent_grad: str = "full", backend: str | N
     Raises:
         TypeError: no module. ValueError: a model without attention processors, an unknown tangent_grad.
         RuntimeError: in the model's forward, an attention or the model whose input has a tangent and whose output has
-            none; what :func:`fastkd.attention` raises.
+            none; what :func:`fastkd.attention` raises. NotImplementedError there: a registered op without a rule.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, such as pipeline.transformer, got {type(model).__name__}")
